@@ -1,0 +1,3 @@
+"""Visual anagrams."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,195 @@
+"""The command mtl-anagram."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments (None = the process's); returns its exit status."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    from .errors import AnagramError
+
+    try:
+        return arguments.run(arguments)
+    except AnagramError as error:
+        print(f"mtl-anagram: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(
+            "\nmtl-anagram: interrupted; finished pictures are whole, and the same command goes on from there",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="mtl-anagram", description="Visual anagrams: one picture that reads as several things."
+    )
+    parser.add_argument("--version", action="version", version=f"mtl-anagram {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate",
+        help="sample pictures from prompts and views",
+        description="Sample pictures that read as the i-th prompt under the i-th view, and write "
+        "OUT/SEED/sample_64.png, sample_64.views.png and metadata.json (and 256 px where the model has a stage II).",
+    )
+    generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="one per view; [brackets] mark the concept")
+    generate.add_argument("--views", nargs="+", required=True, metavar="VIEW", help='such as "rotate_cw+negate"')
+    generate.add_argument("--view-args", metavar="JSON", help='a list, one entry per view: [null, {"seed": 3}]')
+    generate.add_argument("--style", default="", help='words before every prompt, such as "a sketch of"')
+    generate.add_argument("--concepts", nargs="+", metavar="WORDS", help="per prompt; default: its last word")
+    generate.add_argument("--seed", nargs="+", default=["0"], metavar="N", help="seeds and ranges: 9 12 20-27")
+    generate.add_argument("--steps", type=int, help="denoising steps, 1 to 1000 (default: the recipe's, 30)")
+    generate.add_argument("--guidance-scale", type=float, help="default: the recipe's (released: 10)")
+    generate.add_argument("--noise-level", type=int, default=50, help="stage II's, 0 to 999 (default: 50)")
+    generate.add_argument("--recipe", choices=RECIPES, help="default: the one the model comes with")
+    for name in TECHNIQUES:
+        generate.add_argument(
+            f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help="switch, over the recipe"
+        )
+    generate.add_argument("--size", type=int, help="stage I's side in px (default: what it was trained at)")
+    generate.add_argument("--stop-after", type=int, metavar="PX", help="64: stage I alone")
+    generate.add_argument("--batch-size", type=int, default=4, help="seeds sampled at once (default: 4)")
+    generate.add_argument("--overwrite", action="store_true", help="replace another request's pictures")
+    _where(generate)
+    generate.set_defaults(run=_generate)
+
+    repeat = commands.add_parser("repeat", help="make a picture again from its metadata.json")
+    repeat.add_argument("metadata", metavar="METADATA")
+    repeat.add_argument("--overwrite", action="store_true", help="replace another request's pictures")
+    _where(repeat)
+    repeat.set_defaults(run=_repeat)
+    return parser
+
+
+RECIPES = ("released", "corrected", "plain")
+TECHNIQUES = ("balancing", "rectification", "anti_segregation")
+
+
+def _where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="output", metavar="FOLDER", help="default: output")
+    parser.add_argument("--model", help="a folder or a hub id of stage I (default: the embedded cascade)")
+    parser.add_argument("--stage-2", help="stage II's folder or hub id, where --model has none")
+    parser.add_argument("--noise-clip", help="the noise-aware CLIP's folder, where --model has none")
+    parser.add_argument("--variant", help="of the weight files, such as fp16")
+    parser.add_argument("--device", help="cpu, cuda, cuda:0, mps (default: the best there is)")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on CUDA, else float32)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, only the files' names")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from .generate import DEFAULT_GUIDANCE, DEFAULT_STEPS, generate_anagram
+
+    seeds = parse_seeds(arguments.seed)
+    view_args = _view_args(arguments.view_args)
+    cascade = _cascade(arguments)
+    made = generate_anagram(
+        arguments.style,
+        arguments.prompts,
+        arguments.views,
+        arguments.out,
+        seed=seeds,
+        num_inference_steps=DEFAULT_STEPS if arguments.steps is None else arguments.steps,
+        guidance_scale=DEFAULT_GUIDANCE if arguments.guidance_scale is None else arguments.guidance_scale,
+        noise_level=arguments.noise_level,
+        view_args=view_args,
+        model=cascade,
+        recipe=_recipe(arguments, cascade),
+        concepts=arguments.concepts,
+        stop_after=arguments.stop_after,
+        size=arguments.size,
+        batch_size=arguments.batch_size,
+        overwrite=arguments.overwrite,
+        progress=not arguments.quiet,
+    )
+    if not cascade.has_stage_2:
+        print(f"{cascade.name} has no stage II yet: stopped after stage I", file=sys.stderr)
+    for anagram in made:
+        _report(anagram)
+    return 0
+
+
+def _repeat(arguments: argparse.Namespace) -> int:
+    from .generate import repeat_anagram
+
+    anagram = repeat_anagram(
+        arguments.metadata,
+        arguments.out,
+        model=_cascade(arguments),
+        progress=not arguments.quiet,
+        overwrite=arguments.overwrite,
+    )
+    _report(anagram)
+    return 0
+
+
+def _report(anagram: Any) -> None:
+    for path in anagram.pictures.values():
+        views = path.with_name(f"{path.stem}.views.png")
+        print(f"{path}  {views.name}{'  (was there)' if anagram.skipped else ''}")
+
+
+def _cascade(arguments: argparse.Namespace) -> Any:
+    from .cascade import Cascade
+
+    return Cascade.from_pretrained(
+        arguments.model,
+        stage_2=arguments.stage_2,
+        noise_clip=arguments.noise_clip,
+        variant=arguments.variant,
+        device=arguments.device,
+        dtype=arguments.dtype,
+    )
+
+
+def _recipe(arguments: argparse.Namespace, cascade: Any) -> Any:
+    import dataclasses
+
+    from .sampling import Recipe
+
+    base = cascade.recipe if arguments.recipe is None else getattr(Recipe, arguments.recipe)()
+    switches = {name: getattr(arguments, name) for name in TECHNIQUES}
+    return dataclasses.replace(base, **{name: on for name, on in switches.items() if on is not None})
+
+
+def _view_args(text: str | None) -> Any:
+    from .errors import InputError
+
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"--view-args {text!r} is not JSON ({error}); give a list, one entry per view") from None
+
+
+def parse_seeds(words: Sequence[str]) -> list[int]:
+    """Seeds of the command line: numbers and inclusive ranges such as 4-7, in order."""
+    from .errors import InputError
+
+    seeds: list[int] = []
+    for word in words:
+        first, dash, last = word.partition("-")
+        if not (first.isascii() and first.isdigit()) or (dash and not (last.isascii() and last.isdigit())):
+            raise InputError(f"--seed {word!r} is neither a whole number from 0 up nor a range such as 4-7")
+        stop = int(last) if dash else int(first)
+        if not int(first) <= stop < int(first) + 100_000:
+            raise InputError(f"--seed {word!r}: a range goes upwards and names at most 100000 seeds")
+        seeds.extend(range(int(first), stop + 1))
+    return seeds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""The library's own errors: every message names the value, the limit and the remedy."""
+
+
+class AnagramError(Exception):
+    """Base of all errors that this library raises on purpose."""
+
+
+class InputError(AnagramError, ValueError):
+    """A caller's value is outside what a function accepts."""
+
+
+class ConfigError(InputError):
+    """A model's config holds a field or a value that is not implemented."""
+
+
+class WeightsError(InputError):
+    """A file's tensors do not fit the model: missing, unexpected, misshapen, or not finite."""
+
+
+class SourceError(AnagramError, OSError):
+    """A file, a folder or a hub repository cannot be found or read."""

@@ -1,0 +1,78 @@
+"""Pictures to files: 8-bit conversion, views side by side, writes that are whole or not there."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import InputError, SourceError
+from .views import View
+
+
+def to_uint8(picture: Tensor) -> Tensor:
+    """A picture (..., 3, H, W) in [-1, 1] -> uint8 0..255, rounded as the released code's files are."""
+    unit = picture.detach().float().cpu() / 2 + 0.5
+    return (unit * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def side_by_side(picture: Tensor, views: Sequence[View]) -> Tensor:
+    """All views of one picture (3, H, W) in a row: (3, H, V W)."""
+    return torch.cat([view.view(picture) for view in views], dim=-1)
+
+
+def encode_png(picture: Tensor) -> bytes:
+    """A picture (3, H, W) in [-1, 1] as the bytes of a PNG file."""
+    from PIL import Image
+
+    if picture.ndim != 3 or picture.shape[0] != 3:
+        raise InputError(f"a picture of shape {tuple(picture.shape)} cannot be written: expected (3, H, W)")
+    pixels = to_uint8(picture).permute(1, 2, 0).contiguous()  # (H, W, 3)
+    raw = ctypes.string_at(pixels.data_ptr(), pixels.numel())
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (picture.shape[2], picture.shape[1]), raw).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all: a neighbour first, then renamed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be written ({error}); choose a folder you can write to") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise SourceError(f"{path} cannot be written ({error}); make room or choose another folder") from error
+        raise
+
+
+def save_picture(path: Path, picture: Tensor) -> None:
+    """Write one picture (3, H, W) in [-1, 1] as a PNG file, atomically."""
+    write_atomically(path, encode_png(picture))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the unfinished neighbours that a killed process left in a folder."""
+    for path in folder.glob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0o022)
+    os.umask(current)
+    return current

@@ -1,0 +1,1 @@
+"""The networks that predict, and their loaders; nothing here knows the sampler."""

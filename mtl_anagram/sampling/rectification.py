@@ -1,0 +1,50 @@
+"""Noise variance rectification: one scale per image that gives the weighted mean of noises unit power."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import at_least_float32, choice, float_tensor
+
+DIAGONALS = ("unit", "measured")
+# Smallest power, relative to the parts', that the weighted mean may have: noises that cancel each other are
+# scaled up by at most 1/sqrt(FLOOR) = 100 instead of without limit (the released code: NaN or infinity).
+FLOOR = 1e-4
+
+
+def second_moments(noise: Tensor) -> Tensor:
+    """mean(eps_i eps_j) over channels and pixels: (B, V, C, H, W) -> (B, V, V), not centred."""
+    noise = at_least_float32(noise)
+    # Products and means, no matrix product: those may be computed in lower precision on a GPU.
+    rows = [(noise * noise[:, i : i + 1]).mean(dim=(2, 3, 4)) for i in range(noise.shape[1])]
+    return torch.stack(rows, dim=1)
+
+
+def rectify(noise: Tensor, weights: Tensor, *, diagonal: str = "unit") -> Tensor:
+    """Scale by which to multiply sum_i a_i eps_i.
+
+    Xu et al. 2024 (arXiv 2412.02693), noise variance rectification. noise (B, V, C, H, W): the guided noise
+    predictions in the canonical frame; weights (B, V), summing to 1; m_ij: their second moments.
+
+    diagonal="unit", the released code's: 1 / sqrt(sum_i a_i^2 + 2 sum_{i<j} a_i a_j m_ij), as if every eps_i
+    had unit power. diagonal="measured": sqrt(sum_i a_i m_ii / sum_ij a_i a_j m_ij), so that the combined noise
+    has exactly the weighted mean power of its parts, whatever guidance made of that power.
+
+    The denominator is at least FLOOR (measured: FLOOR times the numerator). Returns (B,) in float32 (or
+    wider); 1 for one view, and 1 where all noise is zero under "measured".
+    """
+    float_tensor("noise", noise, (None,) * 5, "(B, V, C, H, W)")
+    float_tensor("weights", weights, tuple(noise.shape[:2]), "(B, V)")
+    choice("diagonal", diagonal, DIAGONALS)
+    moments = second_moments(noise)
+    weights = at_least_float32(weights).to(moments.device)
+    products = weights[:, :, None] * weights[:, None, :]  # (B, V, V)
+    if diagonal == "unit":
+        ones = torch.eye(moments.shape[1], dtype=torch.bool, device=moments.device)
+        power = (products * torch.where(ones, 1.0, moments)).sum(dim=(1, 2))
+        return power.clamp(min=FLOOR).rsqrt()
+    target = (weights * moments.diagonal(dim1=1, dim2=2)).sum(dim=1)  # (B,)
+    power = (products * moments).sum(dim=(1, 2))
+    relative = power / torch.where(target > 0, target, 1.0)
+    return torch.where(target > 0, relative.clamp(min=FLOOR).rsqrt(), 1.0)
