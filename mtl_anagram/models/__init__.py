@@ -1,1 +1,24 @@
 """The networks that predict, and their loaders; nothing here knows the sampler."""
+
+from .configs import UNetConfig
+from .loading import load_noise_clip, load_t5, load_tokenizer, load_unet
+from .noise_clip import NoiseCLIP
+from .t5 import T5Encoder
+from .t5_config import T5Config
+from .tokenizers import CLIPTokenizer, T5Tokenizer
+from .unet import TextContext, UNet
+
+__all__ = [
+    "CLIPTokenizer",
+    "NoiseCLIP",
+    "T5Config",
+    "T5Encoder",
+    "T5Tokenizer",
+    "TextContext",
+    "UNet",
+    "UNetConfig",
+    "load_noise_clip",
+    "load_t5",
+    "load_tokenizer",
+    "load_unet",
+]

@@ -92,10 +92,12 @@ def load_noise_clip(
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     files = open_source(source, subfolder, "clip_image_enc.safetensors")
-    towers = []
-    for name, build in (("clip_image_enc", image_encoder_from), ("clip_text_enc", text_encoder_from)):
+
+    def tower(name: str, build: Callable[[Mapping[str, Tensor]], M]) -> M:
         state, origin = _clip_state(files, name)
-        towers.append(_fill(build(state), state, origin, dtype=dtype, device=device, one_dtype=True))
+        return _fill(build(state), state, origin, dtype=dtype, device=device, one_dtype=True)
+
+    image, text = tower("clip_image_enc", image_encoder_from), tower("clip_text_enc", text_encoder_from)
     if merges is None:
         found = next((path for path in map(files.get, MERGES) if path is not None), None)
         if found is None:
@@ -104,7 +106,7 @@ def load_noise_clip(
                 "with merges="
             )
         merges = found
-    return NoiseCLIP(towers[0], towers[1], CLIPTokenizer(merges))
+    return NoiseCLIP(image, text, CLIPTokenizer(merges))
 
 
 def weight_files(files: Files, base: str, variant: str | None) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ PIXEL_STD = (68.50053285, 66.63215831, 70.32316309)
 
 
 class NoiseCLIP(nn.Module):
-    """Both towers and their tokenizer: how well noisy pictures fit prompts (Nichol et al. 2021, section 4.3)."""
+    """Both towers and their tokenizer: how well noisy pictures fit prompts (GLIDE, section 4.3)."""
 
     def __init__(
         self, image_encoder: ImageEncoder, text_encoder: TextEncoder, tokenizer: CLIPTokenizer
@@ -33,8 +33,8 @@ class NoiseCLIP(nn.Module):
         super().__init__()
         if image_encoder.embedding != text_encoder.embedding:
             raise InputError(
-                f"the towers do not belong together: pictures embed in {image_encoder.embedding} numbers, texts "
-                f"in {text_encoder.embedding}; take both from the same release"
+                f"the towers do not belong together: pictures embed in {image_encoder.embedding} numbers, "
+                f"texts in {text_encoder.embedding}; take both from the same release"
             )
         if tokenizer.vocab_size > text_encoder.vocab:
             raise InputError(
@@ -46,12 +46,14 @@ class NoiseCLIP(nn.Module):
         self.tokenizer = tokenizer
 
     def embed_image(self, pictures: Tensor, t: int | Tensor) -> Tensor:
-        """pictures (R, 3, S, S), noisy x_t in [-1, 1] plus noise, at timestep t -> unit vectors (R, D) float32.
+        """pictures (R, 3, S, S), x_t: [-1, 1] plus noise, at timestep t -> unit vectors (R, D) float32.
 
-        t int or (R,) long, 0..n_timesteps-1 of the squared-cosine schedule (IF's). Any float dtype and device;
-        the result lies on the pictures' device.
+        t int or (R,) long, 0..n_timesteps-1 of the squared-cosine schedule (IF's). Any float dtype and
+        device; the result lies on the pictures' device. S = image_size, else InputError.
         """
-        device = self.image_encoder.blocks["input"].patch_proj.device
+        if not isinstance(pictures, Tensor):
+            raise InputError(f"pictures must be a tensor (R, 3, S, S), not {type(pictures).__name__}")
+        device = next(self.image_encoder.parameters()).device
         return self.image_encoder(pictures.to(device), t).to(pictures.device)
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
@@ -59,7 +61,7 @@ class NoiseCLIP(nn.Module):
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
             raise InputError(f"texts={texts!r} must be a list of at least one str")
         encoded = [self.tokenizer.encode(text, context=self.text_encoder.context) for text in texts]
-        device = self.text_encoder.blocks["input"].w_pos.device
+        device = next(self.text_encoder.parameters()).device
         ids = torch.tensor([ids for ids, _ in encoded], device=device)
         lengths = torch.tensor([length for _, length in encoded], device=device)
         return self.text_encoder(ids, lengths)
@@ -79,8 +81,8 @@ class NoiseCLIP(nn.Module):
                 shape = tuple(pictures.shape) if isinstance(pictures, Tensor) else type(pictures).__name__
                 size = self.image_encoder.image_size
                 raise InputError(
-                    f"pictures {shape} must be (B, {len(texts)}, 3, {size}, {size}): one view for each of the "
-                    f"scorer's {len(texts)} prompts"
+                    f"pictures {shape} must be (B, {len(texts)}, 3, {size}, {size}): one view for each of "
+                    f"the scorer's {len(texts)} prompts"
                 )
             batch, views = pictures.shape[:2]
             if isinstance(t, Tensor) and t.ndim == 1:
@@ -125,8 +127,8 @@ class ImageEncoder(nn.Module):
             raise InputError(f"pictures must be a floating tensor in [-1, 1] plus noise, not {kind}")
         if pictures.ndim != 4 or tuple(pictures.shape[1:]) != (3, size, size):
             raise InputError(
-                f"pictures {tuple(pictures.shape)} must be (R, 3, {size}, {size}): resize them to this model's "
-                f"{size} pixels first"
+                f"pictures {tuple(pictures.shape)} must be (R, 3, {size}, {size}): resize them to this "
+                f"model's {size} pixels first"
             )
         x = self.blocks["input"](pictures, _timesteps(t, self.n_timesteps, pictures))
         return _unit(_run(self.blocks, x)[:, 0])
@@ -150,11 +152,11 @@ class TextEncoder(nn.Module):
         self.blocks = _tower(TextInput(vocab, context, width), width, layers, heads, embedding, causal=True)
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """ids (R, L) long, L up to the context, lengths (R,) long with the end token -> (R, D) float32, unit."""
+        """ids (R, L) long, L up to the context, lengths (R,) with the end token -> (R, D) float32, unit."""
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.context or lengths.shape != ids.shape[:1]:
             raise InputError(
-                f"ids {tuple(ids.shape)} and lengths {tuple(lengths.shape)} must be (R, L) and (R,) with L from 1 "
-                f"to {self.context}"
+                f"ids {tuple(ids.shape)} and lengths {tuple(lengths.shape)} must be (R, L) and (R,) with L "
+                f"from 1 to {self.context}"
             )
         states = _run(self.blocks, self.blocks["input"](ids))
         return _unit(states[torch.arange(len(ids), device=ids.device), lengths - 1])
@@ -174,9 +176,7 @@ class PictureInput(nn.Module):
 
     def forward(self, pictures: Tensor, t: Tensor) -> Tensor:
         """pictures (R, 3, S, S), t (R,) long -> (R, 1 + patches, D)."""
-        mean, std = (
-            pictures.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD)
-        )
+        mean, std = torch.tensor([PIXEL_MEAN, PIXEL_STD], device=pictures.device)[:, :, None, None]
         pixels = ((pictures.float() + 1) * 127.5 - mean) / std
         patches = F.conv2d(
             pixels.to(self.patch_proj.dtype), self.patch_proj, stride=self.patch_proj.shape[-1]
@@ -298,8 +298,8 @@ def image_encoder_from(state: Mapping[str, Tensor]) -> ImageEncoder:
     side = math.isqrt(max(tokens - 1, 0))
     if side < 1 or side * side != tokens - 1 or channels != 3 or patch_size < 1 or n_timesteps < 1:
         raise WeightsError(
-            f"blocks.input.w_pos has {tokens} positions and blocks.input.patch_proj {channels} channels; a square "
-            "of patches plus one, and 3, are expected: this is no clip_image_enc"
+            f"blocks.input.w_pos has {tokens} positions and blocks.input.patch_proj {channels} channels; a "
+            "square of patches plus one, and 3, are expected: this is no clip_image_enc"
         )
     layers, embedding = _depth(state, width)
     with torch.device("meta"):
@@ -319,7 +319,7 @@ def text_encoder_from(state: Mapping[str, Tensor]) -> TextEncoder:
     context, _ = _shape(state, "blocks.input.w_pos", 2)
     if vocab < 1 or context < 2:
         raise WeightsError(
-            f"blocks.input.w_voc has {vocab} tokens and w_pos {context} positions; at least 1 and 2 are needed"
+            f"blocks.input.w_voc has {vocab} tokens, w_pos {context} positions; 1 and 2 at least are needed"
         )
     layers, embedding = _depth(state, width)
     with torch.device("meta"):
@@ -340,7 +340,7 @@ def _depth(state: Mapping[str, Tensor], width: int) -> tuple[int, int]:
     """Number of blocks and width of the embedding; the width is checked too."""
     if width < HEAD_SIZE or width % HEAD_SIZE:
         raise WeightsError(
-            f"the tower is {width} channels wide; heads have {HEAD_SIZE}, so a multiple of {HEAD_SIZE} is needed"
+            f"the tower is {width} channels wide; a multiple of {HEAD_SIZE}, the size of a head, is needed"
         )
     layers = len({m[1] for m in (re.match(r"blocks\.block_(\d+)\.", name) for name in state) if m})
     if not layers:
@@ -354,7 +354,7 @@ def _tower(
     heads = width // HEAD_SIZE if heads is None else heads
     if heads < 1 or width % heads:
         raise InputError(
-            f"heads={heads} must divide width={width} (default: width // {HEAD_SIZE}, so {HEAD_SIZE} or more wide)"
+            f"heads={heads} must divide width={width} (the default is width // {HEAD_SIZE}, at least 1)"
         )
     blocks = {f"block_{i}": Block(width, heads, layers, causal=causal) for i in range(layers)}
     return nn.ModuleDict({"input": entry, **blocks, "output": Output(width, embedding)})
@@ -390,6 +390,6 @@ def _timesteps(t: int | Tensor, limit: int, pictures: Tensor) -> Tensor:
         low, high = (int(bound) for bound in steps.aminmax())
         if low < 0 or high >= limit:
             raise InputError(
-                f"t runs from {low} to {high}, outside 0..{limit - 1}, the timesteps this model was trained on"
+                f"t runs from {low} to {high}, outside 0..{limit - 1}, the timesteps this model knows"
             )
-    return cast(Tensor, steps)
+    return steps

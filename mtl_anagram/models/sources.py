@@ -46,8 +46,8 @@ class Repository:
 
     def get(self, name: str) -> Path | None:
         """The cached file's path, or None where the repository has no such file."""
-        from huggingface_hub import hf_hub_download
         from huggingface_hub import errors as hub
+        from huggingface_hub import hf_hub_download
 
         try:
             return Path(hf_hub_download(self.repo_id, name, subfolder=self.subfolder or None))

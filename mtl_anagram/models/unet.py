@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -451,7 +452,7 @@ class UNet(nn.Module):
 
         h = self.conv_in(x.to(self.dtype))
         skips = [h]
-        for block in self.down_blocks:
+        for block in cast("Iterable[Block]", self.down_blocks):
             for resnet, attend in block.layers():
                 h = resnet(h, emb)
                 h = h if attend is None else attend(h, context, recorder)
@@ -468,7 +469,7 @@ class UNet(nn.Module):
             return h, maps
         h = self.mid_block.resnets[1](h, emb)
 
-        for block in self.up_blocks:
+        for block in cast("Iterable[Block]", self.up_blocks):
             for resnet, attend in block.layers():
                 h = resnet(torch.cat([h, skips.pop()], dim=1), emb)
                 h = h if attend is None else attend(h, context, recorder)

@@ -1,0 +1,282 @@
+"""The noise-aware CLIP against a slow readable restatement, its names and sizes, and its refusals."""
+
+import re
+
+import pytest
+import torch
+
+from mtl_anagram.errors import InputError, WeightsError
+from mtl_anagram.models.noise_clip import (
+    ImageEncoder,
+    NoiseCLIP,
+    TextEncoder,
+    image_encoder_from,
+    text_encoder_from,
+)
+from mtl_anagram.models.tokenizers import CLIPTokenizer
+from tests.helpers import relative
+
+MERGES = ["d u", "du c", "duc k</w>", "c a", "ca t</w>"]
+
+
+def norm(x, state, name):
+    """Layer norm, written out."""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return centred / (variance + 1e-5).sqrt() * state[f"{name}.g"] + state[f"{name}.b"]
+
+
+def tower(x, state, heads, causal):
+    """All blocks, one head at a time, and the projection of every token: x (R, S, D) -> (R, S, E)."""
+    tokens = x.shape[1]
+    future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    layers = 1 + max(int(m[1]) for m in (re.match(r"blocks\.block_(\d+)", name) for name in state) if m)
+    for i in range(layers):
+        name = f"blocks.block_{i}.f_attn"
+        y = norm(x, state, f"{name}.ln")
+        q = y @ state[f"{name}.f_q.w"].T + state[f"{name}.f_q.b"]
+        k = y @ state[f"{name}.f_k.w"].T
+        v = y @ state[f"{name}.f_v.w"].T + state[f"{name}.f_v.b"]
+        size = x.shape[-1] // heads
+        outputs = []
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            logits = torch.einsum("rqd,rkd->rqk", q[..., part], k[..., part]) / size**0.5
+            if causal:
+                logits = logits.masked_fill(future, -1e10)
+            weights = logits.exp() / logits.exp().sum(-1, keepdim=True)
+            outputs.append(torch.einsum("rqk,rkd->rqd", weights, v[..., part]))
+        x = x + torch.cat(outputs, -1) @ state[f"{name}.f_c.w"].T + state[f"{name}.f_c.b"]
+        name = f"blocks.block_{i}.f_mlp"
+        y = norm(x, state, f"{name}.ln") @ state[f"{name}.f_1.w"].T + state[f"{name}.f_1.b"]
+        y = y * 0.5 * (1 + torch.erf(y / 2**0.5))
+        x = x + y @ state[f"{name}.f_2.w"].T + state[f"{name}.f_2.b"]
+    return norm(x, state, "blocks.output.ln") @ state["blocks.output.f.w"].T
+
+
+def slow_image(state, pictures, t, heads):
+    """pictures (R, 3, S, S), t a list of R ints -> unit vectors (R, E)."""
+    mean = torch.tensor([122.77093945, 116.74601272, 104.09373519])[:, None, None]
+    std = torch.tensor([68.50053285, 66.63215831, 70.32316309])[:, None, None]
+    pixels = ((pictures + 1) * 127.5 - mean) / std
+    kernel = state["blocks.input.patch_proj"]
+    size = kernel.shape[-1]
+    tokens = [state["blocks.input.w_t"][t]]
+    for top in range(0, pictures.shape[-1], size):
+        for left in range(0, pictures.shape[-1], size):
+            patch = pixels[:, :, top : top + size, left : left + size]
+            tokens.append(torch.einsum("rchw,dchw->rd", patch, kernel))
+    x = norm(torch.stack(tokens, 1) + state["blocks.input.w_pos"], state, "blocks.input.ln")
+    out = tower(x, state, heads, causal=False)[:, 0]
+    return out / out.norm(dim=-1, keepdim=True)
+
+
+def slow_text(state, ids, length, heads):
+    """One text's ids -> unit vector (E,)."""
+    x = state["blocks.input.w_voc"][ids] + state["blocks.input.w_pos"][: len(ids)]
+    out = tower(x[None], state, heads, causal=True)[0, length - 1]
+    return out / out.norm()
+
+
+def randomise(module):
+    """Every parameter random, so that none is at a value that hides it."""
+    torch.manual_seed(0)
+    for name, parameter in module.named_parameters():
+        base = 1.0 if name.endswith(".g") else 0.0
+        parameter.data = base + torch.randn(parameter.shape) * 0.2
+    return module.requires_grad_(False)
+
+
+def small_clip(heads=None):
+    image = ImageEncoder(
+        image_size=12, patch_size=4, width=128, layers=2, heads=heads, embedding=24, n_timesteps=50
+    )
+    text = TextEncoder(vocab=519, context=16, width=64, layers=3, heads=heads, embedding=24)
+    return NoiseCLIP(randomise(image), randomise(text), CLIPTokenizer(MERGES))
+
+
+@pytest.mark.parametrize("heads, expected", [(None, (2, 1)), (4, (4, 4))])
+def test_towers_equal_the_slow_ones(heads, expected):
+    clip = small_clip(heads)
+    pictures = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    slow = slow_image(clip.image_encoder.state_dict(), pictures, [0, 7, 49], expected[0])
+    assert relative(clip.embed_image(pictures, torch.tensor([0, 7, 49])), slow) <= 1e-5
+    for text in ("", "a duck", "cat " * 30):
+        ids, length = clip.tokenizer.encode(text, 16)
+        slow = slow_text(clip.text_encoder.state_dict(), ids, length, expected[1])
+        assert relative(clip.embed_text([text])[0], slow) <= 1e-5
+
+
+def test_what_follows_the_end_token_does_not_count():
+    encoder = small_clip().text_encoder
+    ids = torch.tensor([[517, 3, 9, 518, 0, 0], [517, 3, 9, 518, 8, 7]])
+    first, second = encoder(ids, torch.tensor([4, 4]))
+    assert relative(first, second) <= 1e-6
+    assert relative(encoder(ids[:1], torch.tensor([3]))[0], first) > 1e-2
+
+
+def test_real_size_has_the_published_names_and_shapes():
+    with torch.device("meta"):
+        image, text = ImageEncoder(), TextEncoder()
+    for module, width, tensors, parameters in ((image, 768, 188, 86_443_776), (text, 512, 185, 71_679_488)):
+        state = module.state_dict()
+        assert len(state) == tensors
+        assert sum(value.numel() for value in state.values()) == parameters
+        block = {name: tuple(value.shape) for name, value in state.items() if ".block_11." in name}
+        assert block == {
+            f"blocks.block_11.{name}": shape
+            for name, shape in {
+                "f_attn.ln.g": (width,), "f_attn.ln.b": (width,),
+                "f_attn.f_q.w": (width, width), "f_attn.f_q.b": (width,),
+                "f_attn.f_k.w": (width, width),
+                "f_attn.f_v.w": (width, width), "f_attn.f_v.b": (width,),
+                "f_attn.f_c.w": (width, width), "f_attn.f_c.b": (width,),
+                "f_mlp.ln.g": (width,), "f_mlp.ln.b": (width,),
+                "f_mlp.f_1.w": (4 * width, width), "f_mlp.f_1.b": (4 * width,),
+                "f_mlp.f_2.w": (width, 4 * width), "f_mlp.f_2.b": (width,),
+            }.items()
+        }  # fmt: skip
+        rest = {name: tuple(value.shape) for name, value in state.items() if ".block_" not in name}
+        entry = (
+            {"w_t": (1000, 768), "patch_proj": (768, 3, 4, 4), "w_pos": (257, 768), "ln.g": (768,),
+             "ln.b": (768,)}
+            if module is image
+            else {"w_voc": (65536, 512), "w_pos": (77, 512)}
+        )  # fmt: skip
+        exit_ = {"ln.g": (width,), "ln.b": (width,), "f.w": (512, width)}
+        assert rest == {f"blocks.input.{k}": v for k, v in entry.items()} | {
+            f"blocks.output.{k}": v for k, v in exit_.items()
+        }
+
+
+def test_towers_are_read_off_the_shapes():
+    clip = small_clip()
+    for module, build in ((clip.image_encoder, image_encoder_from), (clip.text_encoder, text_encoder_from)):
+        state = module.state_dict()
+        built = build(state)
+        assert all(value.is_meta for value in built.state_dict().values())
+        built.load_state_dict(state, strict=True, assign=True)
+        if module is clip.image_encoder:
+            pictures = torch.randn(2, 3, 12, 12)
+            assert torch.equal(built(pictures, 3), module(pictures, 3))
+        else:
+            ids = torch.tensor([[517, 4, 518]])
+            assert torch.equal(built(ids, torch.tensor([3])), module(ids, torch.tensor([3])))
+
+
+@pytest.mark.parametrize(
+    "name, shape, match",
+    [
+        ("blocks.input.w_t", None, "lacks blocks.input.w_t"),
+        ("blocks.input.w_t", (50,), "2 dimensions"),
+        ("blocks.input.w_t", (50, 96), "multiple of 64"),
+        ("blocks.input.w_pos", (11, 128), "11 positions"),
+        ("blocks.input.patch_proj", (128, 1, 4, 4), "1 channels"),
+        ("blocks.output.f.w", None, "lacks blocks.output.f.w"),
+    ],
+)
+def test_states_of_another_model_are_refused(name, shape, match):
+    state = dict(small_clip().image_encoder.state_dict())
+    del state[name]
+    if shape is not None:
+        state[name] = torch.zeros(shape)
+    with pytest.raises(WeightsError, match=match):
+        image_encoder_from(state)
+    with pytest.raises(WeightsError, match=r"lacks blocks\.input\.w_voc"):
+        text_encoder_from(state)
+
+
+def test_a_state_without_blocks_is_refused():
+    state = {n: v for n, v in small_clip().text_encoder.state_dict().items() if ".block_" not in n}
+    with pytest.raises(WeightsError, match="no blocks"):
+        text_encoder_from(state)
+
+
+def test_scores_are_each_views_cosine_with_its_own_prompt():
+    clip = small_clip()
+    prompts = ["a duck", "a cat", "ducks"]
+    score = clip.scorer(prompts)
+    pictures = torch.randn(2, 3, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+    scores = score(pictures, 7)
+    assert scores.shape == (2, 3)
+    assert scores.dtype == torch.float32
+    texts = clip.embed_text(prompts)
+    for b in range(2):
+        for v in range(3):
+            expected = torch.dot(clip.embed_image(pictures[b, v][None], 7)[0], texts[v])
+            assert abs(scores[b, v] - expected) <= 1e-6
+    per_picture = score(pictures, torch.tensor([7, 30]))
+    assert relative(per_picture[0], scores[0]) <= 1e-5
+    assert relative(per_picture[1], score(pictures[1:], 30)[0]) <= 1e-5
+    assert relative(per_picture[1], scores[1]) > 1e-4
+    assert torch.allclose(score(pictures, torch.tensor(7)), scores, atol=1e-6)
+
+
+def test_score_is_differentiable_in_the_pictures():
+    pictures = torch.randn(1, 1, 3, 12, 12, requires_grad=True)
+    small_clip().scorer(["a duck"])(pictures, 3).sum().backward()
+    assert pictures.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_other_dtypes(dtype):
+    clip = small_clip()
+    pictures = torch.randn(2, 2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+    expected = clip.scorer(["a duck", "a cat"])(pictures, 7)
+    scores = clip.to(dtype).scorer(["a duck", "a cat"])(pictures.to(dtype), 7)
+    assert scores.dtype == torch.float32
+    assert (scores - expected).abs().max() < 0.05
+
+
+def test_all_parameters_learn():
+    clip = small_clip().requires_grad_(True)
+    similarity = (clip.embed_image(torch.randn(2, 3, 12, 12), 4) * clip.embed_text(["a duck", "a cat"])).sum()
+    similarity.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in clip.parameters())
+
+
+@pytest.mark.parametrize(
+    "shape, t, match",
+    [
+        ((2, 3, 3, 12, 12), 5, r"must be \(B, 2, 3, 12, 12\)"),
+        ((2, 3, 12, 12), 5, "one view for each"),
+        ((1, 2, 3, 8, 8), 5, "resize"),
+        ((1, 2, 1, 12, 12), 5, "must be"),
+        ((1, 2, 3, 12, 12), 50, "t=50 is outside 0..49"),
+        ((1, 2, 3, 12, 12), -1, "t=-1"),
+        ((1, 2, 3, 12, 12), 2.0, "t=2.0"),
+        ((1, 2, 3, 12, 12), True, "t=True"),
+        ((1, 2, 3, 12, 12), None, "t=None"),
+        ((1, 2, 3, 12, 12), torch.tensor([3, 4]), "2 entries for 1 pictures"),
+        ((1, 2, 3, 12, 12), torch.tensor([50]), "from 50 to 50"),
+        ((1, 2, 3, 12, 12), torch.tensor([1.5]), "float32"),
+    ],
+)
+def test_scorer_refuses(shape, t, match):
+    with pytest.raises(InputError, match=match):
+        small_clip().scorer(["a duck", "a cat"])(torch.zeros(shape), t)
+
+
+@pytest.mark.parametrize("texts", ["a duck", [], [3], None, ["a", None]])
+def test_texts_are_checked(texts):
+    with pytest.raises(InputError):
+        small_clip().embed_text(texts)
+
+
+def test_pictures_are_checked():
+    for pictures in ([1.0], torch.zeros(1, 3, 12, 12, dtype=torch.uint8)):
+        with pytest.raises(InputError, match="pictures must be"):
+            small_clip().embed_image(pictures, 3)
+
+
+def test_parts_that_do_not_belong_together_are_refused():
+    clip = small_clip()
+    text = TextEncoder(vocab=519, context=16, width=64, layers=1, embedding=8)
+    with pytest.raises(InputError, match="24 numbers, texts in 8"):
+        NoiseCLIP(clip.image_encoder, text, clip.tokenizer)
+    with pytest.raises(InputError, match="520 tokens, the text tower only 519"):
+        NoiseCLIP(clip.image_encoder, clip.text_encoder, CLIPTokenizer([*MERGES, "a b"]))
+    with pytest.raises(InputError, match="heads=5"):
+        TextEncoder(vocab=9, width=64, layers=1, heads=5)
+    with pytest.raises(InputError, match="patch_size=5"):
+        ImageEncoder(image_size=12, patch_size=5)

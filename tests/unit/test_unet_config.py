@@ -1,0 +1,141 @@
+"""A UNet's config: what it accepts, refuses and fills in; the released models' names and sizes."""
+
+import pytest
+import torch
+
+from mtl_anagram.errors import ConfigError, InputError
+from mtl_anagram.models.configs import FIXED, UNetConfig
+from mtl_anagram.models.unet import UNet
+from tests.unit.tiny import STAGE_1, STAGE_2
+
+# block_out_channels, layers_per_block, cross dim, parameters, tensors: counts of the published files
+RELEASED = {
+    "IF-I-M": ([192, 384, 576, 768], 3, 768, 371_605_830, 775),
+    "IF-I-L": ([320, 640, 960, 1280], 3, 1280, 935_365_830, 775),
+    "IF-I-XL": ([704, 1408, 2112, 2816], 3, 2816, 4_304_695_110, 775),
+    "IF-II-M": ([128, 256, 512, 768, 768], [2, 2, 3, 4, 2], 768, 461_064_198, 721),
+    "IF-II-L": ([160, 320, 640, 960, 1280], [2, 2, 3, 5, 5], 1280, 1_243_277_190, 939),
+}
+
+
+def released(name):
+    widths, layers, cross, _, _ = RELEASED[name]
+    base = STAGE_2 if "II" in name else STAGE_1
+    return {
+        **base,
+        "block_out_channels": widths,
+        "layers_per_block": layers,
+        "cross_attention_dim": cross,
+        "encoder_hid_dim": 4096,
+        "attention_head_dim": 64,
+        "addition_embed_type_num_heads": 64,
+        "norm_num_groups": 32,
+        "time_embedding_dim": cross if "II" in name else None,
+    }
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_sizes_on_the_meta_device(name):
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_dict(released(name)))
+    _, _, _, parameters, tensors = RELEASED[name]
+    assert sum(p.numel() for p in unet.parameters()) == parameters
+    assert len(unet.state_dict()) == tensors
+    if "II" not in name:
+        layers = unet.attention_layers(64)
+        at_32 = [layer for layer, side in layers.items() if side == 32]
+        assert at_32 == [f"down_blocks.1.attentions.{i}" for i in range(3)] + [
+            f"up_blocks.2.attentions.{i}" for i in range(4)
+        ]
+        assert len(layers) == 22
+
+
+def test_missing_fields_take_stage_one_defaults():
+    config = UNetConfig.from_dict(STAGE_1)
+    assert config.resnet_out_scale_factor == config.mid_block_scale_factor == 1.0
+    assert config.class_embed_type is None
+    assert not config.resnet_skip_time_act
+    assert config.layers_per_block == (1, 1, 1, 1)
+    assert config.time_width == 32
+
+
+def test_null_encoder_hid_dim_type_means_text_projection():
+    assert UNetConfig.from_dict({**STAGE_1, "encoder_hid_dim_type": None}) == UNetConfig.from_dict(STAGE_1)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_every_other_value_of_a_fixed_field_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match=name):
+        UNetConfig.from_dict({**STAGE_1, name: "something else"})
+
+
+@pytest.mark.parametrize("name", ["class_labels_dim", "attention_head_dims", "act_fun", ""])
+def test_unknown_fields_are_refused_by_name(name):
+    with pytest.raises(ConfigError, match=f"unknown config field '{name}'"):
+        UNetConfig.from_dict({**STAGE_1, name: 1})
+
+
+def test_a_close_name_is_suggested():
+    with pytest.raises(ConfigError, match="did you mean 'act_fn'"):
+        UNetConfig.from_dict({**STAGE_1, "act_fun": "gelu"})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"block_out_channels": []}, "0 entries"),
+        ({"block_out_channels": [8, 16, 16]}, "one per block"),
+        ({"block_out_channels": [8, 16, 16, 0]}, r"block_out_channels\[3\]=0"),
+        ({"block_out_channels": [8, 16, 16, 12.5]}, "whole number"),
+        ({"block_out_channels": [8, 16, 16, 18]}, "does not divide"),
+        ({"block_out_channels": 8}, "must be a list"),
+        ({"layers_per_block": True}, "layers_per_block=True"),
+        ({"layers_per_block": [1, 1]}, "one per block"),
+        ({"attention_head_dim": 7}, "attention_head_dim=7 does not divide"),
+        ({"attention_head_dim": [8, 8, 8, 8]}, "attention_head_dim"),
+        ({"cross_attention_dim": 40}, "does not divide cross_attention_dim"),
+        ({"addition_embed_type_num_heads": 3}, "does not divide encoder_hid_dim"),
+        ({"norm_eps": float("nan")}, "norm_eps=nan"),
+        ({"norm_eps": -1.0}, "above 0"),
+        ({"down_block_types": ["CrossAttnDownBlock2D"] * 4}, "CrossAttnDownBlock2D"),
+        ({"class_embed_type": "projection"}, "class_embed_type='projection'"),
+        ({"time_embedding_act_fn": "silu"}, "time_embedding_act_fn='silu'"),
+        ({"resnet_skip_time_act": "yes"}, "true or false"),
+        ({"_class_name": "UNet2DModel"}, "UNet2DModel"),
+    ],
+)
+def test_bad_values_are_refused_with_field_and_remedy(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        UNetConfig.from_dict({**STAGE_1, **changes})
+
+
+def test_missing_architecture_numbers_are_named():
+    config = {name: value for name, value in STAGE_1.items() if name != "block_out_channels"}
+    with pytest.raises(ConfigError, match="lacks block_out_channels"):
+        UNetConfig.from_dict(config)
+
+
+@pytest.mark.parametrize(
+    "shape, text, labels, message",
+    [
+        ((2, 6, 16, 16), (2, 5, 16), None, "expected \\(rows, 3, H, W\\)"),
+        ((2, 3, 20, 16), (2, 5, 16), None, "multiples of 8"),
+        ((2, 3, 16, 16), (1, 5, 16), None, "one per picture"),
+        ((2, 3, 16, 16), (2, 5, 12), None, "text encoder"),
+        ((2, 3, 16, 16), (2, 5, 16), 50, "no noise level"),
+    ],
+)
+def test_bad_inputs_of_a_call(shape, text, labels, message):
+    unet = UNet(UNetConfig.from_dict(STAGE_1))
+    with pytest.raises(InputError, match=message):
+        unet(torch.zeros(shape), 1, torch.zeros(text), labels)
+
+
+def test_stage_two_wants_a_noise_level_and_maps_say_what_there_is():
+    unet = UNet(UNetConfig.from_dict(STAGE_2))
+    with pytest.raises(InputError, match="class_labels"):
+        unet(torch.zeros(1, 6, 16, 16), 1, torch.zeros(1, 5, 16))
+    with pytest.raises(InputError, match=r"ask for one of \[1, 2\]"):
+        unet.text_maps(torch.zeros(1, 6, 16, 16), 1, torch.zeros(1, 5, 16), (0, 1), 50, resolution=32)
+    with pytest.raises(InputError, match="0 <= start < stop <= 5"):
+        unet.text_maps(torch.zeros(1, 6, 16, 16), 1, torch.zeros(1, 5, 16), (3, 6), 50, resolution=2)
