@@ -25,19 +25,17 @@ def concept_maps(layers: Mapping[str, Tensor], views: Sequence[Any]) -> Tensor:
     (the released code's aggregation, unnormalised). Returns (B, V, h, w) in float32.
     """
     if not layers:
-        raise InputError("no attention maps: ask the network for layers that exist at the recipe's resolution")
-    total: Tensor | None = None
+        raise InputError("no attention maps: ask the network for layers at a resolution that it has")
+    by_layer = []
     for name, maps in layers.items():
         if maps.ndim != 5 or maps.shape[0] % len(views):
             raise InputError(
-                f"maps of {name!r} have shape {tuple(maps.shape)}; give (rows, heads, h, w, tokens) with one row "
-                f"per image and view ({len(views)} views)"
+                f"maps of {name!r} have shape {tuple(maps.shape)}; give (rows, heads, h, w, tokens), "
+                f"one row per image and view ({len(views)} views)"
             )
         seen = rearrange(at_least_float32(maps).sum(dim=(1, 4)), "(b v) h w -> b v h w", v=len(views))
-        canonical = torch.stack([view.inverse_map(seen[:, i]) for i, view in enumerate(views)], dim=1)
-        total = canonical if total is None else total + canonical
-    assert total is not None
-    return total
+        by_layer.append(torch.stack([view.inverse_map(seen[:, i]) for i, view in enumerate(views)], dim=1))
+    return torch.stack(by_layer).sum(dim=0)
 
 
 def anti_segregation_loss(
@@ -83,9 +81,9 @@ def anti_segregation_step(
 ) -> tuple[Tensor, Tensor]:
     """One gradient step of the loss on the pictures: x - rate dL/dx.
 
-    x (B, C, H, W); maps_of: such pictures -> maps (B, V, h, w), row b of picture b alone, differentiable. Only
-    the gradient with respect to x is computed: no parameter of a network inside maps_of receives one. Works
-    under no_grad. Returns (x (B, C, H, W), loss (B,) before the step), both without a graph.
+    x (B, C, H, W); maps_of: such pictures -> maps (B, V, h, w), row b of picture b alone, differentiable.
+    Only the gradient with respect to x is computed: no parameter of a network inside maps_of receives one.
+    Works under no_grad. Returns (x (B, C, H, W), loss (B,) before the step), both without a graph.
     """
     number("rate", rate)
     with torch.enable_grad():
@@ -93,7 +91,7 @@ def anti_segregation_step(
         loss = anti_segregation_loss(maps_of(picture), measure=measure, target=target, slope=slope)
         if not loss.requires_grad:
             raise InputError(
-                "the maps do not depend on the pictures: compute them from maps_of's argument, with gradients on"
+                "the maps do not depend on the pictures: compute them from maps_of's argument, with a graph"
             )
         # Pictures are independent, so the gradient of the sum holds every picture's own gradient.
         (gradient,) = torch.autograd.grad(loss.sum(), picture)

@@ -62,7 +62,7 @@ def choice(name: str, value: Any, allowed: Sequence[str], *, error: type[InputEr
 
 
 def float_tensor(name: str, value: Any, shape: Sequence[int | None], legend: str) -> Tensor:
-    """A floating tensor of this shape, None standing for any size of at least 1; legend is for the message."""
+    """A floating tensor of this shape, None = any size of at least 1; legend is for the message."""
     if not isinstance(value, Tensor):
         raise InputError(f"{name} is {type(value).__name__}; give a floating tensor {legend}")
     fits = value.ndim == len(shape) and all(

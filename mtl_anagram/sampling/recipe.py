@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import InputError
-from . import attention_iou, balancing, rectification
+from .attention_iou import MEASURES
+from .balancing import FLOOR
 from .checks import choice, flag, number, whole_number
+from .rectification import DIAGONALS
 
 SCORER_RANGES = ("half", "signed")
 PLACES = ("down", "mid", "up")
@@ -17,7 +19,7 @@ PLACES = ("down", "mid", "up")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How stages I and II are sampled (Xu et al. 2024, arXiv 2412.02693; the defaults are the released code's).
+    """How stages I and II are sampled (Xu et al. 2024, arXiv 2412.02693); the defaults are as released.
 
     num_inference_steps: 1 to 1000. guidance_scale: of classifier-free guidance, 0 or more.
 
@@ -42,7 +44,7 @@ class Recipe:
     rectification: bool = True
     anti_segregation: bool = True
     horizon: int | None = 30
-    floor: float = balancing.FLOOR
+    floor: float = FLOOR
     scorer_range: str = "half"
     rectify_diagonal: str = "unit"
     overlap_measure: str = "overlap"
@@ -60,8 +62,8 @@ class Recipe:
         if self.horizon is not None:
             whole_number("horizon", self.horizon, 1)
         choice("scorer_range", self.scorer_range, SCORER_RANGES)
-        choice("rectify_diagonal", self.rectify_diagonal, rectification.DIAGONALS)
-        choice("overlap_measure", self.overlap_measure, attention_iou.MEASURES)
+        choice("rectify_diagonal", self.rectify_diagonal, DIAGONALS)
+        choice("overlap_measure", self.overlap_measure, MEASURES)
         whole_number("last_guided_step", self.last_guided_step, 0)
         whole_number("map_resolution", self.map_resolution, 1, 64)
         checked: dict[str, Any] = {

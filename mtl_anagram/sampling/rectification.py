@@ -28,8 +28,8 @@ def rectify(noise: Tensor, weights: Tensor, *, diagonal: str = "unit") -> Tensor
     predictions in the canonical frame; weights (B, V), summing to 1; m_ij: their second moments.
 
     diagonal="unit", the released code's: 1 / sqrt(sum_i a_i^2 + 2 sum_{i<j} a_i a_j m_ij), as if every eps_i
-    had unit power. diagonal="measured": sqrt(sum_i a_i m_ii / sum_ij a_i a_j m_ij), so that the combined noise
-    has exactly the weighted mean power of its parts, whatever guidance made of that power.
+    had unit power. diagonal="measured": sqrt(sum_i a_i m_ii / sum_ij a_i a_j m_ij), so that the combined
+    noise has exactly the weighted mean power of its parts, whatever guidance made of that power.
 
     The denominator is at least FLOOR (measured: FLOOR times the numerator). Returns (B,) in float32 (or
     wider); 1 for one view, and 1 where all noise is zero under "measured".

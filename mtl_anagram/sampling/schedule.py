@@ -113,7 +113,9 @@ class Schedule:
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
-                raise ConfigError(f"unknown scheduler field {name!r} = {value!r}{hint}: nothing implements it")
+                raise ConfigError(
+                    f"unknown scheduler field {name!r} = {value!r}{hint}: nothing implements it"
+                )
             if name in _FIXED and (value != _FIXED[name] or type(value) is not type(_FIXED[name])):
                 raise ConfigError(
                     f"{name}={value!r} is not implemented; the IF schedulers have {_FIXED[name]!r}"
@@ -151,7 +153,9 @@ class Schedule:
         """Clean x (...) and unit noise (...) mixed to noise level t, 0 to num_train_timesteps - 1."""
         whole_number("t", t, 0, self.num_train_timesteps - 1)
         if x.shape != noise.shape:
-            raise InputError(f"noise of shape {tuple(noise.shape)} for x of {tuple(x.shape)}: give equal ones")
+            raise InputError(
+                f"noise of shape {tuple(noise.shape)} for x of {tuple(x.shape)}: make them equal"
+            )
         alpha = self.alpha_bar(t)
         kept, added = (alpha**0.5).item(), ((1 - alpha) ** 0.5).item()
         return kept * at_least_float32(x) + added * at_least_float32(noise)
@@ -191,8 +195,8 @@ def ddpm_step(
     """One ancestral step (Ho et al. 2020, eq. 6-7; learned variance: Nichol & Dhariwal 2021, eq. 15).
 
     noise: the predicted noise (B, C, H, W). variance: where between the smallest (-1) and the largest (1)
-    log-variance to draw from, (B, C, H, W); None for a schedule of fixed variance. x_t (B, C, H, W). t: one of
-    schedule.timesteps. z: fresh unit noise like x_t; at the last step (t the last timestep) none is added,
+    log-variance to draw from, (B, C, H, W); None for a schedule of fixed variance. x_t (B, C, H, W). t: one
+    of schedule.timesteps. z: fresh unit noise like x_t; at the last step (t the last timestep) none is added,
     and z is not read. Returns x_{t-1} (B, C, H, W) in float32 (or wider); inputs are left alone.
     """
     previous = schedule.next_timestep(t)
@@ -211,14 +215,14 @@ def ddpm_step(
         return mean
 
     if z is None:
-        raise InputError(f"the step at t={t} needs z, unit noise like x_t; torch.zeros_like(x_t) gives the mean")
+        raise InputError(f"the step at t={t} needs z, unit noise; torch.zeros_like(x_t) gives the mean")
     z = float_tensor("z", z, shape, "unit noise like x_t").to(mean)
-    lowest = ((1 - alpha_bar_next) / (1 - alpha_bar) * beta).clamp(min=1e-20).log().item()
+    lowest = ((1 - alpha_bar_next) / (1 - alpha_bar) * beta).clamp(min=1e-20)  # the smallest variance
     if schedule.variance_type == "fixed_small":
-        return mean + math.exp(0.5 * lowest) * z
+        return mean + (lowest**0.5).item() * z
     if variance is None:
-        raise InputError("variance=None, but the schedule's variance is learned: give the network's prediction")
+        raise InputError("variance=None, but the schedule's variance is learned: give the prediction")
     float_tensor("variance", variance, shape, "the prediction, one value per value of x_t")
     position = (at_least_float32(variance) + 1) / 2
-    log_variance = position * beta.log().item() + (1 - position) * lowest
+    log_variance = position * beta.log().item() + (1 - position) * lowest.log().item()
     return mean + torch.exp(0.5 * log_variance) * z

@@ -1,0 +1,424 @@
+"""The sampler's pure functions: balancing, rectification, token maps and their loss, guidance, schedule."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from mtl_anagram.errors import ConfigError, InputError
+from mtl_anagram.sampling import (
+    Schedule,
+    anti_segregation_loss,
+    anti_segregation_step,
+    balance,
+    combine,
+    concept_maps,
+    ddpm_step,
+    guide,
+    predict_x0,
+    rectify,
+    second_moments,
+)
+from mtl_anagram.sampling.balancing import FLOOR
+from tests.helpers import relative
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# Balancing
+
+
+@pytest.mark.parametrize("step, horizon", [(0, 30), (1, 30), (29, 30), (99, 30), (5, 10)])
+def test_balance_is_the_formula(step, horizon):
+    scores = torch.tensor([[0.3, 0.2, 0.25], [0.11, 0.4, 0.9]])
+    powers = [[c ** -(1 + step / horizon) for c in row] for row in scores.tolist()]
+    want = torch.tensor([[p / sum(row) for p in row] for row in powers])
+    assert relative(balance(scores, step, horizon=horizon), want) < 1e-5
+
+
+def test_balance_by_hand():
+    """At step 0 the weights are inverse cosines: 1/0.1 : 1/0.4 = 4 : 1; at step 30 squared, 16 : 1."""
+    scores = torch.tensor([[0.1, 0.4]])
+    assert torch.allclose(balance(scores, 0), torch.tensor([[0.8, 0.2]]))
+    assert torch.allclose(balance(scores, 30), torch.tensor([[16 / 17, 1 / 17]]))
+
+
+def test_balance_of_cosines_without_a_power():
+    """Negative and zero cosines count as the floor; the weights stay finite for any step."""
+    scores = torch.tensor([[-0.2, 0.3], [0.0, 0.3], [-0.5, -0.1]])
+    for step in (0, 17, 999):
+        weights = balance(scores, step)
+        assert torch.isfinite(weights).all()
+        assert torch.allclose(weights.sum(1), torch.ones(3))
+        assert torch.equal(weights[0], weights[1])
+        assert torch.allclose(weights[2], torch.tensor([0.5, 0.5]))
+    assert torch.allclose(balance(scores, 0)[0, 1], torch.tensor(FLOOR / (FLOOR + 0.3)), rtol=1e-4, atol=0)
+    assert torch.allclose(balance(scores, 0, floor=0.1)[0], torch.tensor([0.75, 0.25]))
+
+
+def test_balance_is_symmetric_and_by_row():
+    scores = torch.rand(4, 3, generator=seeded()) + 0.05
+    weights = balance(scores, 12)
+    for order in itertools.permutations(range(3)):
+        assert torch.allclose(balance(scores[:, order], 12), weights[:, order])
+    assert torch.equal(balance(scores[2:3], 12), weights[2:3])
+    assert torch.equal(balance(torch.tensor([[0.3]]), 7), torch.ones(1, 1))
+    assert balance(scores.half(), 3).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "scores, step, more",
+    [
+        (torch.tensor([[math.nan, 0.1]]), 0, {}),
+        (torch.tensor([[math.inf, 0.1]]), 0, {}),
+        (torch.tensor([0.1, 0.2]), 0, {}),
+        (torch.ones(1, 0), 0, {}),
+        (torch.tensor([[1, 2]]), 0, {}),
+        ([[0.1, 0.2]], 0, {}),
+        (torch.ones(1, 2), -1, {}),
+        (torch.ones(1, 2), 1.0, {}),
+        (torch.ones(1, 2), True, {}),
+        (torch.ones(1, 2), 0, {"horizon": 0}),
+        (torch.ones(1, 2), 0, {"floor": 0.0}),
+    ],
+)
+def test_balance_refuses(scores, step, more):
+    with pytest.raises(InputError):
+        balance(scores, step, **more)
+
+
+# Rectification
+
+
+def correlated(correlation, power=(1.0, 1.0), size=256):
+    """Two noises of exactly this power and correlation over one picture, (1, 2, 3, size, size)."""
+    a, b = torch.randn(2, 3 * size * size, generator=seeded(), dtype=torch.float64)
+    a = a / a.square().mean().sqrt()
+    b = b - (a * b).mean() * a
+    b = b / b.square().mean().sqrt()
+    mixed = correlation * a + math.sqrt(1 - correlation**2) * b
+    both = torch.stack([a * math.sqrt(power[0]), mixed * math.sqrt(power[1])])
+    return both.reshape(1, 2, 3, size, size).float()
+
+
+@pytest.mark.parametrize("correlation", [-0.9, -0.3, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("diagonal", ["unit", "measured"])
+def test_unit_noises_of_known_correlation_keep_unit_power(correlation, diagonal):
+    noise, weights = correlated(correlation), torch.tensor([[0.7, 0.3]])
+    scale = rectify(noise, weights, diagonal=diagonal)
+    by_hand = 1 / math.sqrt(0.7**2 + 0.3**2 + 2 * 0.7 * 0.3 * correlation)
+    assert abs(scale.item() / by_hand - 1) < 1e-5
+    assert abs(combine(noise, weights, scale).square().mean().item() - 1) < 1e-5
+
+
+def test_measured_power_is_the_weighted_mean_of_the_parts():
+    """Guided noise has no unit power: 4 and 0.25 at weights 0.2, 0.8 have mean 1; "unit" misses that."""
+    noise, weights = correlated(0.4, power=(4.0, 0.25)), torch.tensor([[0.2, 0.8]])
+    measured = combine(noise, weights, rectify(noise, weights, diagonal="measured"))
+    assert abs(measured.square().mean().item() - (0.2 * 4 + 0.8 * 0.25)) < 1e-5
+    unit = combine(noise, weights, rectify(noise, weights))
+    # 0.04 * 4 + 0.64 * 0.25 + 2 * 0.16 * m_12, over 0.04 + 0.64 + 2 * 0.16 * m_12, with m_12 = 0.4 * 2 * 0.5
+    assert abs(unit.square().mean().item() - (0.32 + 0.128) / (0.68 + 0.128)) < 1e-5
+
+
+def test_rectify_is_the_released_formula_for_three_views():
+    noise, weights = torch.randn(2, 3, 3, 8, 8, generator=seeded()), torch.rand(2, 3, generator=seeded(1))
+    for b in range(2):
+        power = sum(weights[b, i] ** 2 for i in range(3))
+        for i, j in itertools.combinations(range(3), 2):
+            power += 2 * weights[b, i] * weights[b, j] * (noise[b, i] * noise[b, j]).mean()
+        assert relative(rectify(noise, weights)[b], power**-0.5) < 1e-5
+    order = [2, 0, 1]
+    for diagonal in ("unit", "measured"):
+        whole = rectify(noise, weights, diagonal=diagonal)
+        assert torch.allclose(rectify(noise[:, order], weights[:, order], diagonal=diagonal), whole)
+        assert torch.equal(rectify(noise[1:], weights[1:], diagonal=diagonal), whole[1:])
+
+
+def test_rectify_where_there_is_nothing_to_divide_by():
+    one = torch.randn(2, 1, 3, 8, 8, generator=seeded()) * 3
+    for diagonal in ("unit", "measured"):
+        assert torch.equal(rectify(one, torch.ones(2, 1), diagonal=diagonal), torch.ones(2))
+    opposite = torch.cat([one, -one], dim=1)
+    half = torch.full((2, 2), 0.5)
+    assert torch.allclose(rectify(opposite, half, diagonal="measured"), torch.tensor(100.0))
+    assert torch.allclose(rectify(opposite, half), torch.tensor(100.0))  # the released code: a root of < 0
+    zero = torch.zeros(1, 2, 3, 8, 8)
+    assert torch.equal(rectify(zero, half[:1], diagonal="measured"), torch.ones(1))
+    assert torch.allclose(rectify(zero, half[:1]), torch.tensor(math.sqrt(2)))
+
+
+def test_rectify_refuses():
+    noise = torch.zeros(1, 2, 3, 8, 8)
+    for bad in [
+        (noise[0], torch.ones(1, 2)),
+        (noise, torch.ones(1, 3)),
+        (noise, torch.ones(2)),
+        (noise, [[1]]),
+    ]:
+        with pytest.raises(InputError):
+            rectify(*bad)
+    with pytest.raises(InputError, match="'unit', 'measured'"):
+        rectify(noise, torch.ones(1, 2), diagonal="full")
+
+
+def test_second_moments():
+    noise = torch.randn(2, 3, 3, 5, 5, generator=seeded(), dtype=torch.float64)
+    for b, i, j in itertools.product(range(2), range(3), range(3)):
+        assert torch.allclose(second_moments(noise)[b, i, j], (noise[b, i] * noise[b, j]).mean())
+
+
+# Token maps and their loss
+
+
+def slow_loss(maps, measure):
+    """The loss of one image's maps (V, h, w) pixel by pixel, in Python numbers."""
+    maps = [[value for row in view for value in row] for view in maps.tolist()]
+    count = len(maps)
+    wanted = 0.5 - 0.05 * (count - 1)
+    if measure == "iou":
+        maps = [[value / sum(view) for value in view] for view in maps]
+        wanted = wanted / (1 - wanted)
+    gaps = []
+    for i in range(count):
+        for j in range(i + 1, count):
+            shared = sum(min(a, b) for a, b in zip(maps[i], maps[j], strict=True))
+            whole = sum(
+                (max(a, b) if measure == "iou" else a + b) for a, b in zip(maps[i], maps[j], strict=True)
+            )
+            gaps.append(abs(wanted - shared / whole))
+    return 2 / (count * (count - 1)) * sum(gaps)
+
+
+@pytest.mark.parametrize("measure", ["overlap", "iou"])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_loss_against_a_double_loop(count, measure):
+    maps = torch.rand(3, count, 6, 6, generator=seeded(count)) ** 3
+    maps = maps * torch.arange(1, count + 1)[None, :, None, None]  # of unequal mass
+    loss = anti_segregation_loss(maps, measure=measure)
+    assert loss.shape == (3,)
+    assert relative(loss, torch.tensor([slow_loss(m, measure) for m in maps])) < 1e-5
+    for order in itertools.permutations(range(count)):
+        assert torch.allclose(anti_segregation_loss(maps[:, order], measure=measure), loss)
+
+
+def test_loss_by_hand():
+    same = torch.ones(1, 2, 4, 4)
+    apart = torch.zeros(1, 2, 4, 4)
+    apart[0, 0, :2] = apart[0, 1, 2:] = 1.0
+    assert torch.allclose(anti_segregation_loss(same), torch.tensor([0.05]))  # |0.45 - 0.5|
+    assert torch.allclose(anti_segregation_loss(apart), torch.tensor([0.45]))
+    assert torch.allclose(anti_segregation_loss(same, measure="iou"), torch.tensor([1 - 0.45 / 0.55]))
+    assert torch.allclose(anti_segregation_loss(apart, measure="iou"), torch.tensor([0.45 / 0.55]))
+    # mass does not count for the true IoU, but does for the released measure: 1 / (1 + 3)
+    unequal = torch.cat([same[:, :1], 3 * same[:, 1:]], dim=1)
+    assert torch.allclose(anti_segregation_loss(unequal), torch.tensor([0.2]))
+    assert torch.allclose(anti_segregation_loss(unequal, measure="iou"), torch.tensor([1 - 0.45 / 0.55]))
+    assert torch.allclose(anti_segregation_loss(same, target=0.4, slope=0.1), torch.tensor([0.2]))
+
+
+def test_loss_of_one_view_and_of_empty_maps():
+    assert torch.equal(anti_segregation_loss(torch.rand(3, 1, 4, 4)), torch.zeros(3))
+    maps = torch.zeros(1, 2, 4, 4, requires_grad=True)
+    for measure in ("overlap", "iou"):
+        (gradient,) = torch.autograd.grad(anti_segregation_loss(maps, measure=measure).sum(), maps)
+        assert torch.isfinite(gradient).all()
+
+
+def test_loss_refuses():
+    for bad in (torch.rand(2, 4, 4), torch.rand(1, 0, 4, 4), torch.ones(1, 2, 4, 4, dtype=torch.long), None):
+        with pytest.raises(InputError):
+            anti_segregation_loss(bad)
+    with pytest.raises(InputError, match="'overlap', 'iou'"):
+        anti_segregation_loss(torch.rand(1, 2, 4, 4), measure="dice")
+
+
+class Roll:
+    """A toy view: everything moved by some columns."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def view(self, x):
+        return x.roll(self.by, -1)
+
+    def inverse_view(self, x):
+        return x.roll(-self.by, -1)
+
+    inverse_map = inverse_view
+
+
+def test_concept_maps_are_sums_in_the_canonical_frame():
+    layers = {name: torch.rand(4, 5, 6, 6, 2, generator=seeded(i)) for i, name in enumerate("ab")}
+    got = concept_maps(layers, [Roll(0), Roll(2)])
+    assert got.shape == (2, 2, 6, 6)
+    for b, v, y, x in itertools.product(range(2), range(2), range(6), range(6)):
+        want = sum(maps[2 * b + v, :, y, (x + 2 * v) % 6].sum() for maps in layers.values())
+        assert torch.allclose(got[b, v, y, x], want)
+    with pytest.raises(InputError):
+        concept_maps({}, [Roll(0)])
+    with pytest.raises(InputError):
+        concept_maps({"a": torch.rand(3, 5, 6, 6, 2)}, [Roll(0), Roll(2)])
+
+
+def test_gradient_step_is_plain_descent_image_by_image():
+    """Against finite differences; the rate is the released 5; the input and the weights are left alone."""
+    weight = torch.rand(2, 3, generator=seeded(3), dtype=torch.float64).requires_grad_()
+    x = torch.rand(3, 3, 4, 4, generator=seeded(4), dtype=torch.float64)
+
+    def maps_of(pictures):
+        return torch.einsum("vc,bchw->bvhw", weight, pictures).exp()
+
+    before = x.clone()
+    with torch.no_grad():
+        moved, loss = anti_segregation_step(x, maps_of)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(x, before)
+    assert weight.grad is None
+    assert not moved.requires_grad
+    assert not loss.requires_grad
+    assert torch.allclose(loss, anti_segregation_loss(maps_of(x)))
+    for place in [(0, 0, 0, 0), (1, 2, 3, 1), (2, 1, 2, 2)]:
+        more, less = x.clone(), x.clone()
+        more[place] += 1e-6
+        less[place] -= 1e-6
+        slope = (anti_segregation_loss(maps_of(more)) - anti_segregation_loss(maps_of(less))).sum() / 2e-6
+        assert abs((x - moved)[place] - 5.0 * slope) < 1e-7
+    alone, _ = anti_segregation_step(x[1:2], maps_of)
+    assert torch.allclose(alone, moved[1:2], atol=1e-12)
+
+
+def test_gradient_step_refuses_maps_without_a_graph():
+    with pytest.raises(InputError, match="do not depend"):
+        anti_segregation_step(torch.rand(1, 3, 4, 4), lambda x: x[:, :2].detach())
+
+
+# Guidance and combination
+
+
+def test_guide_and_combine():
+    null, text = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.0])
+    assert torch.equal(guide(null, text, 10.0), torch.tensor([11.0, -18.0]))
+    assert torch.equal(guide(null, text, 0.0), null)
+    noise = torch.randn(2, 3, 3, 4, 4, generator=seeded())
+    weights, scale = torch.rand(2, 3, generator=seeded(1)), torch.tensor([1.5, 2.0])
+    want = torch.stack([scale[b] * sum(weights[b, v] * noise[b, v] for v in range(3)) for b in range(2)])
+    assert relative(combine(noise, weights, scale), want) < 1e-6
+    assert relative(combine(noise, weights), want / scale[:, None, None, None]) < 1e-6
+
+
+# Schedule
+
+
+def test_published_numbers():
+    schedule = Schedule.stage_1(30)
+    wanted = {0: 0.9999587, 50: 0.9917247, 250: 0.8458880, 500: 0.4922850, 924: 0.01359973, 957: 0.004278234}
+    for t, alpha in wanted.items():
+        assert abs(schedule.alphas_cumprod[t].item() / alpha - 1) < 1e-6
+    assert schedule.timesteps[:2] == (957, 924)
+    assert schedule.timesteps[-2:] == (33, 0)
+    assert Schedule(27).timesteps[0] == 26 * 37
+    assert Schedule(1).timesteps == (0,)
+
+
+def test_last_step_is_the_thresholded_picture():
+    schedule = Schedule.stage_1(30)
+    x, noise = torch.randn(2, 3, 8, 8, generator=seeded()) * 2, torch.randn(2, 3, 8, 8, generator=seeded(1))
+    last = ddpm_step(noise, torch.zeros_like(x), x, 0, schedule)
+    assert torch.allclose(last, predict_x0(noise, x, 0, schedule), atol=1e-6)
+    assert last.abs().max() <= 1
+    assert torch.equal(ddpm_step(noise, torch.zeros_like(x), x, 0, schedule, torch.ones_like(x)), last)
+
+
+def test_a_step_needs_what_it_uses():
+    schedule, x = Schedule.stage_1(30), torch.zeros(1, 3, 8, 8)
+    with pytest.raises(InputError, match="needs z"):
+        ddpm_step(x, x, x, 957, schedule)
+    with pytest.raises(InputError, match="variance"):
+        ddpm_step(x, None, x, 957, schedule, x)
+    with pytest.raises(InputError, match="none of the schedule's 30 timesteps"):
+        ddpm_step(x, x, x, 956, schedule, x)
+    for bad in (957.0, True, None, "957"):
+        with pytest.raises(InputError):
+            ddpm_step(x, x, x, bad, schedule, x)
+    for bad in (x[0], x[..., :4], x.long()):
+        with pytest.raises(InputError):
+            ddpm_step(bad, x, x, 957, schedule, x)
+        with pytest.raises(InputError):
+            ddpm_step(x, x, x, 957, schedule, bad)
+    with pytest.raises(InputError):
+        schedule.add_noise(x, x, 1000)
+    with pytest.raises(InputError):
+        schedule.add_noise(x, x[0], 10)
+
+
+def test_half_precision_predictions_step_in_float32():
+    schedule, x = Schedule.stage_1(30), torch.randn(1, 3, 8, 8, generator=seeded())
+    half = x.half()
+    got = ddpm_step(half, half, x, 957, schedule, x)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, ddpm_step(half.float(), half.float(), x, 957, schedule, x))
+
+
+CONFIG = {
+    "_class_name": "DDPMScheduler",
+    "beta_schedule": "squaredcos_cap_v2",
+    "dynamic_thresholding_ratio": 0.95,
+    "sample_max_value": 1.5,
+    "thresholding": True,
+    "variance_type": "learned_range",
+    "lambda_min_clipped": -5.1,
+}
+
+
+def test_configs_are_read():
+    assert Schedule.from_config(CONFIG, 30) == Schedule.stage_1(30)
+    assert Schedule.from_config({**CONFIG, "sample_max_value": 1.0}, 27) == Schedule.stage_2(27)
+    bare = Schedule.from_config({"beta_schedule": "squaredcos_cap_v2"}, 30)
+    assert (bare.variance_type, bare.thresholding, bare.clip_sample) == ("fixed_small", False, True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prediction_type": "v_prediction"},
+        {"beta_schedule": "linear"},
+        {"variance_type": "learned"},
+        {"timestep_spacing": "trailing"},
+        {"steps_offset": 1},
+        {"trained_betas": [0.1]},
+        {"rescale_betas_zero_snr": True},
+        {"thresholding": "yes"},
+        {"thresholding": 1},
+        {"dynamic_thresholding_ratio": 1.5},
+        {"sample_max_value": 0.5},
+        {"sample_max_value": math.nan},
+        {"clip_sample_range": 0.0},
+        {"num_train_timesteps": 1000.0},
+        {"num_train_timesteps": 10**9},
+        {"_class_name": "DDIMScheduler"},
+        {"sample_max_valu": 1.5},
+    ],
+)
+def test_configs_that_are_not_implemented(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        Schedule.from_config({**CONFIG, **change}, 30)
+
+
+def test_configs_that_are_no_configs():
+    with pytest.raises(ConfigError, match="beta_schedule"):
+        Schedule.from_config({}, 30)
+    for bad in (None, [], "ddpm"):
+        with pytest.raises(ConfigError):
+            Schedule.from_config(bad, 30)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 30.0, "30", True, None])
+def test_steps_that_are_refused(steps):
+    with pytest.raises(InputError, match="from 1 to 1000"):
+        Schedule(steps)
+    with pytest.raises(InputError, match="from 1 to 1000"):
+        Schedule.from_config(CONFIG, steps)
