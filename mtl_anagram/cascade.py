@@ -162,7 +162,9 @@ class Cascade:
         files = open_source(self._source(part), "scheduler", "scheduler_config.json")
         path = files.get("scheduler_config.json")
         if path is None:
-            return Schedule(num_inference_steps, sample_max_value=1.5 if stage == 1 else 1.0)
+            return (
+                Schedule.stage_1(num_inference_steps) if stage == 1 else Schedule.stage_2(num_inference_steps)
+            )
         return Schedule.from_config(read_json(path), num_inference_steps)
 
     @torch.no_grad()
@@ -217,7 +219,9 @@ class Cascade:
                     found[f"{part}/{subfolder}/{name}"] = path
         if self.has_noise_clip:
             files = open_source(self._source("noise_clip"), None, "clip_image_enc.safetensors")
-            groups = [[f"{tower}.safetensors", f"{tower}.pt"] for tower in ("clip_image_enc", "clip_text_enc")]
+            groups = [
+                [f"{tower}.safetensors", f"{tower}.pt"] for tower in ("clip_image_enc", "clip_text_enc")
+            ]
             for names in [*groups, list(MERGES)]:
                 path = next((p for p in map(files.get, names) if p is not None), None)
                 if path is not None:

@@ -45,19 +45,29 @@ def _parser() -> argparse.ArgumentParser:
         description="Sample pictures that read as the i-th prompt under the i-th view, and write "
         "OUT/SEED/sample_64.png, sample_64.views.png and metadata.json (and 256 px where the model has a stage II).",
     )
-    generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="one per view; [brackets] mark the concept")
-    generate.add_argument("--views", nargs="+", required=True, metavar="VIEW", help='such as "rotate_cw+negate"')
-    generate.add_argument("--view-args", metavar="JSON", help='a list, one entry per view: [null, {"seed": 3}]')
+    generate.add_argument(
+        "prompts", nargs="+", metavar="PROMPT", help="one per view; [brackets] mark the concept"
+    )
+    generate.add_argument(
+        "--views", nargs="+", required=True, metavar="VIEW", help='such as "rotate_cw+negate"'
+    )
+    generate.add_argument(
+        "--view-args", metavar="JSON", help='a list, one entry per view: [null, {"seed": 3}]'
+    )
     generate.add_argument("--style", default="", help='words before every prompt, such as "a sketch of"')
     generate.add_argument("--concepts", nargs="+", metavar="WORDS", help="per prompt; default: its last word")
-    generate.add_argument("--seed", nargs="+", default=["0"], metavar="N", help="seeds and ranges: 9 12 20-27")
+    generate.add_argument(
+        "--seed", nargs="+", default=["0"], metavar="N", help="seeds and ranges: 9 12 20-27"
+    )
     generate.add_argument("--steps", type=int, help="denoising steps, 1 to 1000 (default: the recipe's, 30)")
     generate.add_argument("--guidance-scale", type=float, help="default: the recipe's (released: 10)")
     generate.add_argument("--noise-level", type=int, default=50, help="stage II's, 0 to 999 (default: 50)")
     generate.add_argument("--recipe", choices=RECIPES, help="default: the one the model comes with")
     for name in TECHNIQUES:
         generate.add_argument(
-            f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help="switch, over the recipe"
+            f"--{name.replace('_', '-')}",
+            action=argparse.BooleanOptionalAction,
+            help="switch, over the recipe",
         )
     generate.add_argument("--size", type=int, help="stage I's side in px (default: what it was trained at)")
     generate.add_argument("--stop-after", type=int, metavar="PX", help="64: stage I alone")
@@ -85,7 +95,9 @@ def _where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise-clip", help="the noise-aware CLIP's folder, where --model has none")
     parser.add_argument("--variant", help="of the weight files, such as fp16")
     parser.add_argument("--device", help="cpu, cuda, cuda:0, mps (default: the best there is)")
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on CUDA, else float32)")
+    parser.add_argument(
+        "--dtype", help="float32, float16 or bfloat16 (default: float16 on CUDA, else float32)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the files' names")
 
 
@@ -172,7 +184,9 @@ def _view_args(text: str | None) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise InputError(f"--view-args {text!r} is not JSON ({error}); give a list, one entry per view") from None
+        raise InputError(
+            f"--view-args {text!r} is not JSON ({error}); give a list, one entry per view"
+        ) from None
 
 
 def parse_seeds(words: Sequence[str]) -> list[int]:

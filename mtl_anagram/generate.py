@@ -116,7 +116,7 @@ def generate_anagram(
     if not isinstance(style, str):
         raise InputError(f"style={style!r} must be a string; '' for none")
     clean, marked, positions = _concepts(style, prompts, concepts)
-    check_prompts(clean, views)
+    check_prompts(clean, len(views))
     made_views = get_views(views, view_args)
     _check_noise_level(noise_level)
     folder = check_folder(save_dir)
@@ -172,7 +172,7 @@ def repeat_anagram(
         ) from error
     seeds = check_seeds(seed)
     _check_noise_level(job.noise_level)
-    check_prompts(job.prompts, views)
+    check_prompts(job.prompts, len(views))
     folder = check_folder(save_dir)
     cascade = _cascade(model, resolve_device(device) if device is not None else None)
     found = combined_checksum(cascade.checksums())
@@ -205,7 +205,9 @@ def check_folder(save_dir: str | Path) -> Path:
         for ancestor in (folder, *folder.parents):
             if ancestor.exists():
                 if not ancestor.is_dir():
-                    raise SourceError(f"save_dir={str(folder)!r}: {ancestor} is a file; choose another folder")
+                    raise SourceError(
+                        f"save_dir={str(folder)!r}: {ancestor} is a file; choose another folder"
+                    )
                 break
     except OSError as error:
         if isinstance(error, SourceError):
@@ -232,7 +234,9 @@ def _concepts(
     clean, marked, positions = (list(column) for column in zip(*parsed, strict=True))
     if concepts is not None:
         if isinstance(concepts, str) or len(concepts) != len(prompts):
-            raise InputError(f"concepts={concepts!r} must be a list of {len(prompts)}, one per prompt, or None")
+            raise InputError(
+                f"concepts={concepts!r} must be a list of {len(prompts)}, one per prompt, or None"
+            )
         for i, concept in enumerate(concepts):
             if concept is None:
                 continue

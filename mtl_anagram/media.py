@@ -57,7 +57,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise SourceError(f"{path} cannot be written ({error}); make room or choose another folder") from error
+            raise SourceError(
+                f"{path} cannot be written ({error}); make room or choose another folder"
+            ) from error
         raise
 
 
