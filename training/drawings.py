@@ -14,7 +14,8 @@ from torch import Tensor
 
 # Concepts of the first cascade: simple drawings that do not read as themselves when turned.
 CONCEPTS = (
-    "duck", "rabbit", "cat", "elephant", "penguin", "face", "house", "flower", "tree", "snowman", "skull", "whale",
+    "duck", "rabbit", "cat", "elephant", "penguin", "face", "house", "flower", "tree", "snowman",
+    "skull", "whale",
 )  # fmt: skip
 SIZE = 64
 HELD_OUT = 10  # one drawing in this many is never trained on
@@ -30,7 +31,9 @@ def held_out(images: np.ndarray) -> np.ndarray:
     """
     out = np.zeros(len(images), dtype=bool)
     for i, image in enumerate(images):
-        digests = [hashlib.sha256(np.ascontiguousarray(turn).tobytes()).digest() for turn in (image, image[:, ::-1])]
+        digests = [
+            hashlib.sha256(np.ascontiguousarray(turn).tobytes()).digest() for turn in (image, image[:, ::-1])
+        ]
         out[i] = int.from_bytes(min(digests)[:8], "big") % HELD_OUT == 0
     return out
 
@@ -64,16 +67,18 @@ def _gaussian(sigma: float) -> Tensor:
     return weights / weights.sum()
 
 
-def load(data: str | Path, concepts: tuple[str, ...], cache: str | Path) -> dict[str, Tensor]:
+def load(
+    data: str | Path, concepts: tuple[str, ...], cache: str | Path, limit: int | None = None
+) -> dict[str, Tensor]:
     """The drawings of `concepts` as 64 px rasters, from the cache file or, the first time, from `data`.
 
     data: a folder with drawings_28.npz and, optionally, drawings_64.npz (images (N, s, s) uint8, labels (N,),
-    names). A concept found in the 64 px file is taken from there, any other from the 28 px one. Returns
-    train and test (N, 64, 64) uint8, ink white, and train_labels and test_labels (N,) long: places in
-    `concepts`.
+    names). A concept found in the 64 px file is taken from there, any other from the 28 px one; at most
+    `limit` drawings of each, chosen by a fixed draw, if it is given. Returns train
+    and test (N, 64, 64) uint8, ink white, and train_labels and test_labels (N,) long: places in `concepts`.
     """
     cache = Path(cache)
-    key = hashlib.sha256(repr((CACHE_VERSION, concepts)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((CACHE_VERSION, concepts, limit)).encode()).hexdigest()[:12]
     file = cache / f"drawings-{key}.pt"
     if file.is_file():
         return torch.load(file, weights_only=True)
@@ -82,10 +87,16 @@ def load(data: str | Path, concepts: tuple[str, ...], cache: str | Path) -> dict
     for name in ("drawings_28.npz", "drawings_64.npz"):  # the finer file overrides
         if not (data / name).is_file():
             if name == "drawings_28.npz":
-                raise SystemExit(f"{data / name} is missing: give the folder of the packed drawings with --data")
+                raise SystemExit(
+                    f"{data / name} is missing: give the folder of the packed drawings with --data"
+                )
             continue
         with np.load(data / name) as packed:
-            names, labels, images = [str(n) for n in packed["names"]], packed["labels"], packed["images"]
+            names, labels, images = (
+                [str(n).lower() for n in packed["names"]],
+                packed["labels"],
+                packed["images"],
+            )
         for concept in concepts:
             if concept in names and (labels == names.index(concept)).sum() >= 500:
                 found[concept] = images[labels == names.index(concept)]
@@ -97,6 +108,8 @@ def load(data: str | Path, concepts: tuple[str, ...], cache: str | Path) -> dict
         raw = found[concept]
         ink = raw.mean(axis=(1, 2)) / 255
         raw = raw[(ink > INK_LIMITS[0]) & (ink < INK_LIMITS[1])]
+        if limit is not None:
+            raw = raw[np.random.default_rng(0).permutation(len(raw))[:limit]]
         test, smooth = held_out(raw), smooth_64(raw)
         for split, chosen in (("train", ~test), ("test", test)):
             parts[split].append(smooth[chosen])
@@ -119,7 +132,9 @@ def draw_rows(rows: list[Tensor], size: int, generator: torch.Generator) -> tupl
     concepts = torch.randint(len(rows), (size,), generator=generator)
     lengths = torch.tensor([len(r) for r in rows])[concepts]
     places = (torch.rand(size, generator=generator, dtype=torch.float64) * lengths).long()
-    return torch.stack([rows[c][p] for c, p in zip(concepts.tolist(), places.tolist(), strict=True)]), concepts
+    return torch.stack(
+        [rows[c][p] for c, p in zip(concepts.tolist(), places.tolist(), strict=True)]
+    ), concepts
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

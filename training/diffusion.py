@@ -1,0 +1,142 @@
+"""The diffusion that training needs: cosine schedule, noising, learned-range loss, a plain guided sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STEPS = 1000
+VLB_WEIGHT = 1e-3  # Nichol and Dhariwal 2021, equation 16
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """Per-timestep numbers, each (1000,) float32, of the squared-cosine schedule (betas at most 0.999).
+
+    posterior_log_variance is of q(x_{t-1} | x_t, x_0); its first entry, which would be minus infinity,
+    repeats the second.
+    """
+
+    alpha_bar: Tensor
+    alpha_bar_before: Tensor
+    log_beta: Tensor
+    posterior_log_variance: Tensor
+    from_x0: Tensor
+    from_xt: Tensor
+
+    @classmethod
+    def cosine(cls) -> Diffusion:
+        def remaining(u: float) -> float:
+            return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        betas = [min(1 - remaining((i + 1) / STEPS) / remaining(i / STEPS), 0.999) for i in range(STEPS)]
+        beta = torch.tensor(betas, dtype=torch.float64)
+        alpha_bar = (1 - beta).cumprod(0)
+        before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        variance = beta * (1 - before) / (1 - alpha_bar)
+        variance[0] = variance[1]
+        numbers = (
+            alpha_bar, before, beta.log(), variance.log(),
+            before.sqrt() * beta / (1 - alpha_bar), (1 - beta).sqrt() * (1 - before) / (1 - alpha_bar),
+        )  # fmt: skip
+        return cls(*(n.float() for n in numbers))
+
+    def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t of pictures (B, C, H, W) at timesteps (B,)."""
+        a = column(self.alpha_bar, t)
+        return a.sqrt() * x0 + (1 - a).sqrt() * noise
+
+    def losses(
+        self, prediction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """L_simple and L_vlb per picture, each (B,), of a UNet's output (B, 6, H, W).
+
+        L_simple is the noise's mean squared error. L_vlb is one term of the bound, in bits a number: the
+        divergence of q(x_{t-1} | x_t, x_0) from the model's step, at t = 0 the likelihood of the 8-bit
+        picture. The model's mean is held fixed in it, so it trains the variance alone (Nichol and Dhariwal
+        2021, section 3.1); log variance = f log beta_t + (1 - f) log posterior variance, f = (v + 1) / 2.
+        """
+        eps, v = prediction.float().chunk(2, dim=1)
+        simple = (eps - noise).square().flatten(1).mean(1)
+        a = column(self.alpha_bar, t)
+        fraction = (v + 1) / 2
+        low, high = column(self.posterior_log_variance, t), column(self.log_beta, t)
+        log_variance = fraction * high + (1 - fraction) * low
+        model_x0 = ((x_t - (1 - a).sqrt() * eps.detach()) / a.sqrt()).clamp(-1, 1)
+        mean = column(self.from_x0, t) * model_x0 + column(self.from_xt, t) * x_t
+        true_mean = column(self.from_x0, t) * x0 + column(self.from_xt, t) * x_t
+        divergence = 0.5 * (
+            log_variance - low - 1 + torch.exp(low - log_variance)
+            + (true_mean - mean).square() * torch.exp(-log_variance)
+        )  # fmt: skip
+        likelihood = -log_likelihood_8_bit(x0, mean, log_variance)
+        bound = torch.where((t == 0)[:, None, None, None], likelihood, divergence)
+        return simple, bound.flatten(1).mean(1) / math.log(2)
+
+
+def column(numbers: Tensor, t: Tensor) -> Tensor:
+    """Each row's number, (B, 1, 1, 1)."""
+    return numbers[t][:, None, None, None]
+
+
+def log_likelihood_8_bit(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Log probability of x, one of 256 levels in [-1, 1], under a normal integrated over the level's cell."""
+    scale = torch.exp(-0.5 * log_variance)
+    above = normal_cdf((x + 1 / 255 - mean) * scale)
+    below = normal_cdf((x - 1 / 255 - mean) * scale)
+    inside = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return inside.clamp(min=1e-12).log()
+
+
+def normal_cdf(z: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+
+
+def timestep_weights() -> Tensor:
+    """How often training draws each timestep, (1000,): never seldom, most often where the layout is decided.
+
+    A large, simple drawing shows through the noise up to t = 950 once neighbouring pixels are averaged, so
+    its layout is decided early; the last steps only sharpen strokes, which is learnt from few pictures.
+    """
+    t = torch.arange(STEPS, dtype=torch.float32)
+    return 0.4 + torch.exp(-(((t - 780) / 220) ** 2))
+
+
+@torch.no_grad()
+def sample(
+    predict: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    *,
+    steps: int,
+    guidance: float,
+    quantile: float = 0.95,
+    limit: float = 1.5,
+) -> Tensor:
+    """Plain guided DDPM sampling with dynamic thresholding on `steps` evenly spaced timesteps.
+
+    predict(x, t) -> the UNet's output without and with the text, each (B, 6, H, W). Returns pictures in
+    [-1, 1].
+    """
+    schedule = Diffusion.cosine()
+    stride = STEPS // steps
+    x = torch.randn(shape, generator=generator)
+    for t in range((steps - 1) * stride, -1, -stride):
+        null, text = predict(x, t)
+        eps = null[:, :3] + guidance * (text[:, :3] - null[:, :3])
+        fraction = (text[:, 3:] + 1) / 2
+        a = schedule.alpha_bar[t]
+        before = schedule.alpha_bar[t - stride] if t >= stride else torch.tensor(1.0)
+        x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        bound = torch.quantile(x0.abs().flatten(1), quantile, dim=1).clamp(1, limit)[:, None, None, None]
+        x0 = x0.clamp(-bound, bound) / bound
+        beta = 1 - a / before
+        mean = before.sqrt() * beta / (1 - a) * x0 + (a / before).sqrt() * (1 - before) / (1 - a) * x
+        low = ((1 - before) / (1 - a) * beta).clamp(min=1e-20).log()
+        std = torch.exp(0.5 * (fraction * beta.log() + (1 - fraction) * low))
+        x = mean + std * torch.randn(shape, generator=generator) if t else x0
+    return x

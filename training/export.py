@@ -1,0 +1,129 @@
+"""Write trained weights as the embedded cascade: float16 safetensors in the published layout, checksums."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from training import captions, drawings, train_stage1
+from training.captions import write_atomically
+
+NAME = "embedded-v1"
+# The published stage I scheduler's settings.
+SCHEDULER = {
+    "_class_name": "DDPMScheduler", "beta_end": 0.02, "beta_schedule": "squaredcos_cap_v2",
+    "beta_start": 0.0001, "clip_sample": True, "clip_sample_range": 1.0, "dynamic_thresholding_ratio": 0.95,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon", "sample_max_value": 1.5, "thresholding": True, "trained_betas": None,
+    "variance_type": "learned_range",
+}  # fmt: skip
+
+
+def as_json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def half(state: dict[str, Tensor]) -> bytes:
+    """A state dict as a float16 safetensors file; SystemExit where a number does not fit."""
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor.half()).all():
+            raise SystemExit(f"{name} is not finite in float16: this checkpoint cannot be exported")
+    return to_safetensors(
+        {name: tensor.half().contiguous() for name, tensor in state.items()}, {"format": "pt"}
+    )
+
+
+def plan_of(kind: type, settings: dict[str, Any]) -> Any:
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+
+
+def export_stage1(state: dict[str, Any], out: Path) -> None:
+    """The averaged weights of the UNet and the text encoder, their configs and the scheduler's settings."""
+    model = train_stage1.Model(plan_of(train_stage1.Plan, state["plan"]))
+    model.load_state_dict(state["ema"])
+    write_atomically(out / "stage_1/unet/config.json", as_json(model.unet.config.to_dict()))
+    write_atomically(out / "stage_1/unet/diffusion_pytorch_model.safetensors", half(model.unet.state_dict()))
+    write_atomically(out / "stage_1/text_encoder/config.json", as_json(model.t5.config.to_dict()))
+    write_atomically(out / "stage_1/text_encoder/model.safetensors", half(model.t5.state_dict()))
+    write_atomically(out / "stage_1/scheduler/scheduler_config.json", as_json(SCHEDULER))
+
+
+def export_noise_clip(state: dict[str, Any], out: Path) -> None:
+    """Both towers; the byte-pair merges lie there already."""
+    towers: dict[str, dict[str, Tensor]] = {"image": {}, "text": {}}
+    for name, tensor in state["model"].items():
+        tower, _, rest = name.partition(".")
+        towers[tower][rest] = tensor
+    write_atomically(out / "noise_clip/clip_image_enc.safetensors", half(towers["image"]))
+    write_atomically(out / "noise_clip/clip_text_enc.safetensors", half(towers["text"]))
+
+
+def training_facts(stage1: dict[str, Any] | None, clip: dict[str, Any] | None) -> dict[str, Any]:
+    """What cascade.json says about the training: pictures seen, minutes, seeds."""
+    facts: dict[str, Any] = {}
+    if stage1 is not None:
+        facts["stage_1"] = {
+            "pictures": stage1["seen"], "steps": stage1["step"], "minutes": round(stage1["seconds"] / 60, 1),
+            "seed": stage1["plan"]["seed"],
+        }  # fmt: skip
+    if clip is not None:
+        facts["noise_clip"] = {
+            "pictures": clip["step"] * clip["plan"]["batch"], "steps": clip["step"],
+            "minutes": round(clip["seconds"] / 60, 1), "seed": clip["plan"]["seed"],
+        }  # fmt: skip
+    return facts
+
+
+def write_index(out: Path, concepts: list[str], facts: dict[str, Any]) -> None:
+    """cascade.json: name, concepts, styles, every file's SHA-256."""
+    files = {
+        file.relative_to(out).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(out.rglob("*"))
+        if file.is_file()
+        and file.suffix in (".json", ".safetensors", ".model", ".txt")
+        and file.name != "cascade.json"
+    }
+    index = {
+        "name": NAME, "concepts": concepts, "styles": [style for style in captions.STYLES if style],
+        "training": facts, "files": files,
+    }  # fmt: skip
+    write_atomically(out / "cascade.json", as_json(index))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stage1", default="runs/stage1/checkpoint.pt")
+    parser.add_argument("--noise-clip", default="runs/noise_clip/checkpoint.pt")
+    parser.add_argument("--out", default="weights", help="the cascade's folder, with both tokenizers in it")
+    args = parser.parse_args()
+    out = Path(args.out)
+    for file in ("stage_1/tokenizer/spiece.model", "noise_clip/merges.txt"):
+        if not (out / file).is_file():
+            raise SystemExit(f"{out / file} is missing: run python -m training.captions --out {out} first")
+    states = []
+    for name in (args.stage1, args.noise_clip):
+        found = Path(name).is_file()
+        states.append(torch.load(name, weights_only=True) if found else None)
+        if not found:
+            print(f"no checkpoint {name}: this part is left as it is")
+    stage1, clip = states
+    if stage1 is not None:
+        export_stage1(stage1, out)
+    if clip is not None:
+        export_noise_clip(clip, out)
+    concepts = list(drawings.CONCEPTS if stage1 is None else stage1["concepts"])
+    facts = training_facts(stage1, clip)
+    write_index(out, concepts, facts)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{out}: {size / 1e6:.2f} MB; {json.dumps(facts)}")
+
+
+if __name__ == "__main__":
+    main()

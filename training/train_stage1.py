@@ -1,0 +1,369 @@
+"""Train the text encoder and the stage I UNet of the embedded cascade together, in stretches."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtl_anagram.models.configs import UNetConfig
+from mtl_anagram.models.t5 import T5Encoder
+from mtl_anagram.models.t5_config import T5Config
+from mtl_anagram.models.unet import JointAttention, Resnet, TextContext, UNet
+from training import captions, drawings, growing
+from training.diffusion import VLB_WEIGHT, Diffusion, sample, timestep_weights
+from training.growing import heads_for, pooled, pooled_noise
+
+TEXT_DROPOUT = 0.1  # share of pictures trained on the empty prompt, for guidance
+EMA_LIMIT = 0.9985
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that decides the weights, besides the data. pictures: length of the whole training.
+
+    The first `grow[0]` pictures are seen at a quarter of the size by the inner levels alone, the next
+    `grow[1]` at half of it, all others whole; `batches` are the three stretches' batch sizes. The learning
+    rate rises over `warmup` pictures, stays, and falls linearly to 2% over the last `cooldown` pictures.
+    Until then attention looks at no more than `keys` of the pixels, drawn at random; afterwards at all.
+    """
+
+    seed: int = 0
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: int = 6_000
+    cooldown: int = 9_000
+    pictures: int = 70_000
+    grow: tuple[int, ...] = (24_000, 27_000)
+    batches: tuple[int, ...] = (32, 16, 16)
+    keys: int = 256
+    bf16: bool = True
+    widths: tuple[int, ...] = (32, 32, 64, 128)
+    layers: tuple[int, ...] = (1, 1, 2, 1)
+    head: int = 32
+    groups: int = 8
+    text_width: int = 128
+    text_layers: int = 2
+    text_vocabulary: int = 288
+
+    def rate(self, seen: int) -> float:
+        """The learning rate after `seen` pictures."""
+        fall = 1 - 0.98 * min(1.0, max(0.0, 1 - (self.pictures - seen) / self.cooldown))
+        return self.lr * min(1.0, (seen + 1) / self.warmup) * fall
+
+    def keys_at(self, seen: int) -> int | None:
+        """How many pixels an attention layer looks at after `seen` pictures; None = all."""
+        return self.keys if seen < self.pictures - self.cooldown else None
+
+    def stretch(self, seen: int) -> tuple[int, int]:
+        """How many outer levels are left out after `seen` pictures, and the batch's size."""
+        ends = list(accumulate(self.grow))
+        part = sum(seen >= end for end in ends)
+        return len(ends) - part, self.batches[part]
+
+
+class Model(nn.Module):
+    """Text encoder and UNet as one thing to optimise."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.t5 = T5Encoder(
+            T5Config(
+                vocab_size=plan.text_vocabulary, d_model=plan.text_width, d_kv=32, d_ff=2 * plan.text_width,
+                num_layers=plan.text_layers, num_heads=plan.text_width // 32,
+            )
+        )  # fmt: skip
+        attend = len(plan.widths) - 1
+        self.unet = UNet(
+            UNetConfig(
+                block_out_channels=plan.widths, layers_per_block=plan.layers,
+                cross_attention_dim=plan.text_width, encoder_hid_dim=plan.text_width,
+                down_block_types=("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * attend),
+                up_block_types=(*["SimpleCrossAttnUpBlock2D"] * attend, "ResnetUpsampleBlock2D"),
+                in_channels=3, attention_head_dim=plan.head,
+                addition_embed_type_num_heads=plan.text_width // 32, norm_num_groups=plan.groups,
+                sample_size=drawings.SIZE,
+            )
+        )  # fmt: skip
+        self.heads = heads_for(plan.widths, plan.groups, len(plan.grow))
+        self._start(plan)
+
+    @torch.no_grad()
+    def _start(self, plan: Plan) -> None:
+        """Residual branches begin at zero, T5's logits small: both start as nearly the identity."""
+        self.unet.conv_out.weight.zero_()
+        for module in self.unet.modules():
+            if isinstance(module, Resnet):
+                module.conv2.weight.zero_()
+            elif isinstance(module, JointAttention):
+                module.to_out[0].weight.mul_(0.1)
+        for name, parameter in self.t5.named_parameters():
+            if name.endswith("SelfAttention.q.weight"):
+                parameter.normal_(std=(plan.text_width * 32) ** -0.5)
+            elif name.endswith("relative_attention_bias.weight"):
+                parameter.mul_(0.1)
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        rows: Tensor,
+        *,
+        depth: int = 0,
+        keys: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Pictures (B, 3, H, W), timesteps (B,), distinct captions (K, 77), each picture's caption (B,).
+
+        depth, keys and generator are `growing.forward`'s. Returns the UNet's (B, 6, H, W), or at a depth
+        above 0 the averaged pictures' noise (B, 3, h, w).
+        """
+        context = chosen(self.unet.prepare(self.t5(ids, mask)), rows)
+        head = self.heads[depth - 1] if depth else None
+        return growing.forward(
+            self.unet, pooled(x_t, depth), t, context, depth=depth, head=head, keys=keys, generator=generator
+        )
+
+
+def chosen(context: TextContext, rows: Tensor) -> TextContext:
+    """A context's rows, (R,) long, in any order and number."""
+    return TextContext(
+        context.pooled[rows],
+        {name: k[rows] for name, k in context.keys.items()},
+        {name: v[rows] for name, v in context.values.items()},
+    )
+
+
+class Trainer:
+    """The state of a training, one step at a time; all randomness comes from one generator."""
+
+    def __init__(
+        self, plan: Plan, data: dict[str, Tensor], concepts: tuple[str, ...], ids: Tensor, mask: Tensor
+    ):
+        torch.manual_seed(plan.seed)
+        self.plan, self.data, self.concepts = plan, data, concepts
+        self.texts, self.places, self.weights = captions.caption_table(concepts)
+        self.ids, self.mask = ids, mask  # of self.texts
+        self.model = Model(plan)
+        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True
+        )
+        self.generator = torch.Generator().manual_seed(plan.seed + 1)
+        self.rows = drawings.by_concept(data["train_labels"], len(concepts))
+        self.diffusion = Diffusion.cosine()
+        self.timesteps = timestep_weights()
+        self.step, self.seen, self.seconds = 0, 0, 0.0
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pictures (B, 3, 64, 64), their noise, timesteps (B,) and captions (B,), long into self.texts."""
+        g = self.generator
+        rows, concepts = drawings.draw_rows(self.rows, size, g)
+        x0 = drawings.augment(self.data["train"][rows], g)
+        # One caption for all of a batch's drawings of a concept: fewer texts to encode.
+        choice = torch.multinomial(self.weights, 1, generator=g)[:, 0]
+        texts = self.places[concepts, choice[concepts]]
+        texts = torch.where(torch.rand(size, generator=g) < TEXT_DROPOUT, 0, texts)
+        t = torch.multinomial(self.timesteps, size, replacement=True, generator=g)
+        return x0, torch.randn(x0.shape, generator=g), t, texts
+
+    def train_step(self) -> tuple[float, float, float]:
+        """One update; returns the noise's error, the bound and the gradient's norm."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate(self.seen)
+        depth, size = self.plan.stretch(self.seen)
+        x0, noise, t, texts = self.batch(size)
+        x_t = self.diffusion.noised(x0, t, noise)
+        distinct, rows = texts.unique(return_inverse=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.plan.bf16):
+            prediction = self.model(
+                x_t, t, self.ids[distinct], self.mask[distinct], rows,
+                depth=depth, keys=self.plan.keys_at(self.seen), generator=self.generator,
+            )  # fmt: skip
+        if depth:
+            simple = (prediction.float() - pooled_noise(noise, depth)).square().flatten(1).mean(1)
+            bound = torch.zeros_like(simple)
+        else:
+            simple, bound = self.diffusion.losses(prediction, x0, x_t, t, noise)
+        loss = simple.mean() + VLB_WEIGHT * bound.mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.seen = self.step + 1, self.seen + size
+        decay = min(EMA_LIMIT, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            names, parameters = zip(*self.model.named_parameters(), strict=True)
+            torch._foreach_lerp_([self.ema[name] for name in names], list(parameters), 1 - decay)
+        return simple.mean().item(), bound.mean().item(), norm.item()
+
+    def state(self) -> dict[str, Any]:
+        """All that a later stretch needs to go on as if there had been no break."""
+        return {
+            "plan": dataclasses.asdict(self.plan), "concepts": self.concepts, "step": self.step,
+            "seen": self.seen, "seconds": self.seconds, "model": self.model.state_dict(), "ema": self.ema,
+            "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
+        }  # fmt: skip
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.ema = {name: value.clone() for name, value in state["ema"].items()}
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
+
+    def samples(self, count: int, steps: int, guidance: float, seed: int) -> Tensor:
+        """`count` pictures of every concept from the averaged weights, (C * count, 3, 64, 64)."""
+        model = Model(self.plan)
+        model.load_state_dict(self.ema)
+        return sample_concepts(model.eval(), self, count, steps, guidance, seed)
+
+
+@torch.no_grad()
+def sample_concepts(
+    model: Model, trainer: Trainer, count: int, steps: int, guidance: float, seed: int
+) -> Tensor:
+    """Guided samples of "a sketch of ..." every concept; the text is encoded as the library does."""
+    wanted = [f"a sketch of {captions.with_article(c)}" for c in trainer.concepts]
+    rows = torch.tensor([0, *[trainer.texts.index(text) for text in wanted]])
+    context = model.unet.prepare(model.t5(trainer.ids[rows], trainer.mask[rows]))
+    total = len(wanted) * count
+    order = [0] * total + [1 + i for i in range(len(wanted)) for _ in range(count)]
+    full = chosen(context, torch.tensor(order))
+
+    def predict(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        null, text = model.unet(torch.cat([x, x]), t, full).chunk(2)
+        return null, text
+
+    generator = torch.Generator().manual_seed(seed)
+    return sample(
+        predict, (total, 3, drawings.SIZE, drawings.SIZE), generator, steps=steps, guidance=guidance
+    )
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint whole or not at all."""
+    scratch = path.with_suffix(".tmp")
+    torch.save(state, scratch)
+    scratch.replace(path)
+
+
+class Threads:
+    """One thread or two, whichever is faster just now: on a busy machine two wait for each other.
+
+    Every 60 steps one step is timed with each; a step that takes far longer than the one-thread step did ends
+    the use of two at once.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.one, self.use = 0, float("inf"), 1
+
+    def before(self) -> None:
+        trial = {0: 1, 1: 2}.get(self.steps % 60, self.use)
+        torch.set_num_threads(trial)
+
+    def after(self, seconds: float) -> None:
+        place = self.steps % 60
+        if place == 0:
+            self.one = seconds
+        elif place == 1:
+            self.use = 2 if seconds < 0.85 * self.one else 1
+        elif seconds > 1.2 * self.one:
+            self.use = 1
+        self.steps += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="folder with drawings_28.npz and drawings_64.npz")
+    parser.add_argument("--cache", default="runs/data", help="folder of the packed drawings")
+    parser.add_argument("--tokenizer", default="weights/stage_1/tokenizer/spiece.model")
+    parser.add_argument(
+        "--run", default="runs/stage1", help="folder of the checkpoint, log and sample sheets"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="stop after this long; the same command goes on"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=None, help="length of the whole training, in pictures"
+    )
+    parser.add_argument("--grow", type=int, nargs=2, default=None, help="pictures at 16 px and at 32 px")
+    parser.add_argument(
+        "--cooldown", type=int, default=None, help="pictures over which the learning rate falls"
+    )
+    parser.add_argument("--batches", type=int, nargs=3, default=None, help="batch sizes at 16, 32 and 64 px")
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
+    parser.add_argument("--sheet-minutes", type=float, default=8.0)
+    parser.add_argument("--threads", type=int, default=2, help="0 = one or two, as it goes faster")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads or 2)
+    threads = None if args.threads else Threads()
+    run = Path(args.run)
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoint = run / "checkpoint.pt"
+    state = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
+    settings = {} if state is None else {**state["plan"]}
+    given = {name: getattr(args, name) for name in ("pictures", "grow", "cooldown", "batches", "seed")}
+    settings.update({name: value for name, value in given.items() if value is not None})
+    plan = Plan(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    concepts = drawings.CONCEPTS if state is None else tuple(state["concepts"])
+    data = drawings.load(args.data, concepts, args.cache)
+    ids, mask = captions.encode(args.tokenizer, captions.caption_table(concepts)[0])
+    trainer = Trainer(plan, data, concepts, ids, mask)
+    if state is not None:
+        trainer.load(state)
+    log = (run / "log.jsonl").open("a", buffering=1)
+    count = sum(p.numel() for p in trainer.model.parameters())
+    print(
+        json.dumps({"parameters": count, "resumed_at": trainer.step, **dataclasses.asdict(plan)}), flush=True
+    )
+
+    begin = last_save = last_log = time.monotonic()
+    last_sheet, carried = begin, trainer.seconds
+    sums, steps, seen_before = torch.zeros(3), 0, trainer.seen
+    while trainer.seen < plan.pictures and time.monotonic() - begin < 60 * args.minutes:
+        if threads is not None:
+            threads.before()
+        started = time.monotonic()
+        sums, steps = sums + torch.tensor(trainer.train_step()), steps + 1
+        if threads is not None:
+            threads.after(time.monotonic() - started)
+        depth, _ = plan.stretch(trainer.seen)
+        now = time.monotonic()
+        trainer.seconds = carried + now - begin
+        if steps == 50:
+            simple, bound, norm = (sums / steps).tolist()
+            line = {
+                "step": trainer.step, "pictures": trainer.seen, "minutes": round(trainer.seconds / 60, 2),
+                "loss": round(simple, 5), "vlb": round(bound, 5), "norm": round(norm, 3),
+                "size": drawings.SIZE >> depth, "threads": torch.get_num_threads(),
+                "per_second": round((trainer.seen - seen_before) / (now - last_log), 1),
+            }  # fmt: skip
+            log.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+            sums, steps, last_log, seen_before = torch.zeros(3), 0, now, trainer.seen
+        if now - last_save > 60 * args.checkpoint_minutes:
+            save(trainer.state(), checkpoint)
+            last_save = now
+        if depth == 0 and now - last_sheet > 60 * args.sheet_minutes:
+            pictures = trainer.samples(3, 15, 4.0, 0)
+            drawings.sheet(pictures, 12).save(run / f"sheet-{trainer.seen:07d}.png")
+            last_sheet = time.monotonic()
+    save(trainer.state(), checkpoint)
+    if plan.stretch(trainer.seen)[0] == 0:
+        drawings.sheet(trainer.samples(3, 20, 4.0, 0), 12).save(run / f"sheet-{trainer.seen:07d}.png")
+
+
+if __name__ == "__main__":
+    main()
