@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .devices import resolve_device, resolve_dtype
-from .errors import InputError, SourceError
+from .errors import ConfigError, InputError, SourceError
 from .models import load_noise_clip, load_t5, load_tokenizer, load_unet
 from .models.loading import MERGES, weight_files
 from .models.noise_clip import NoiseCLIP
-from .models.sources import Folder, Source, open_source, read_json
+from .models.sources import Folder, Source, open_source, read_config, read_json
 from .models.t5 import T5Encoder
 from .models.tokenizers import T5Tokenizer
 from .models.unet import UNet
@@ -99,7 +99,12 @@ class Cascade:
                     "folder of a release"
                 )
             return cls(folder, stage_2=stage_2, noise_clip=noise_clip, **places)  # type: ignore[arg-type]
-        recipe = about.get("recipe")
+        name = about.get("name", folder.name)
+        if not isinstance(name, str):
+            raise ConfigError(f"{folder / 'cascade.json'}: name={name!r} must be a string; change it back")
+        recipe = None
+        if about.get("recipe") is not None:
+            recipe = read_config(folder / "cascade.json", lambda content: Recipe.from_dict(content["recipe"]))
         inner = {
             part: folder / part if (folder / part).is_dir() else None for part in ("stage_2", "noise_clip")
         }
@@ -107,8 +112,8 @@ class Cascade:
             folder / "stage_1",
             stage_2=inner["stage_2"] if stage_2 is None else stage_2,
             noise_clip=inner["noise_clip"] if noise_clip is None else noise_clip,
-            name=str(about.get("name", folder.name)),
-            recipe=None if recipe is None else Recipe.from_dict(recipe),
+            name=name,
+            recipe=recipe,
             **places,  # type: ignore[arg-type]
         )
 
@@ -159,13 +164,12 @@ class Cascade:
     def schedule(self, stage: int, num_inference_steps: int) -> Schedule:
         """Stage 1's or 2's noise schedule, from its scheduler_config.json where the release has one."""
         part = f"stage_{stage}"
-        files = open_source(self._source(part), "scheduler", "scheduler_config.json")
-        path = files.get("scheduler_config.json")
+        path = self._optional(part, "scheduler", "scheduler_config.json")
         if path is None:
             return (
                 Schedule.stage_1(num_inference_steps) if stage == 1 else Schedule.stage_2(num_inference_steps)
             )
-        return Schedule.from_config(read_json(path), num_inference_steps)
+        return read_config(path, lambda config: Schedule.from_config(config, num_inference_steps))
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -192,12 +196,21 @@ class Cascade:
             raise InputError(f"the cascade {self.name} has no {part}: name its folder or hub id with {part}=")
         return source
 
+    def _optional(self, part: str, subfolder: str, name: str) -> Path | None:
+        """A file that a release may lack, with its folder or without, or None."""
+        files = open_source(self._source(part), None, name)
+        if isinstance(files, Folder) and not (files.path / subfolder).is_dir():
+            return files.get(name)
+        return open_source(self._source(part), subfolder, name).get(name)
+
     def _unet(self, part: str) -> UNet:
         return load_unet(self._source(part), variant=self.variant, dtype=self.dtype, device=self.device)
 
     def _once(self, name: str, load: Any) -> Any:
         if name not in self._models:
-            self._models[name] = load()
+            # Weights loaded inside inference_mode could not take part in the anti-segregation's gradient.
+            with torch.inference_mode(False), torch.no_grad():
+                self._models[name] = load()
         return self._models[name]
 
     def _checksums(self) -> dict[str, str]:
@@ -214,7 +227,7 @@ class Cascade:
             optional = [("scheduler", "scheduler_config.json")]
             optional += [("tokenizer", "spiece.model")] if part == "stage_1" else []
             for subfolder, name in optional:
-                path = open_source(self._source(part), subfolder, name).get(name)
+                path = self._optional(part, subfolder, name)
                 if path is not None:
                     found[f"{part}/{subfolder}/{name}"] = path
         if self.has_noise_clip:
@@ -239,7 +252,10 @@ def _sha256(path: Path) -> str:
     if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return blob.name  # the hub's cache names large files by their sha256: no need to read 10 GB again
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error}); allow it, or download it again") from error
     return digest.hexdigest()

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except AnagramError as error:
-        print(f"mtl-anagram: error: {error}", file=sys.stderr)
+        print(f"mtl-anagram: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print(
@@ -102,7 +102,7 @@ def _where(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from .generate import DEFAULT_GUIDANCE, DEFAULT_STEPS, generate_anagram
+    from .generate import generate_anagram
 
     seeds = parse_seeds(arguments.seed)
     view_args = _view_args(arguments.view_args)
@@ -113,8 +113,6 @@ def _generate(arguments: argparse.Namespace) -> int:
         arguments.views,
         arguments.out,
         seed=seeds,
-        num_inference_steps=DEFAULT_STEPS if arguments.steps is None else arguments.steps,
-        guidance_scale=DEFAULT_GUIDANCE if arguments.guidance_scale is None else arguments.guidance_scale,
         noise_level=arguments.noise_level,
         view_args=view_args,
         model=cascade,
@@ -172,8 +170,9 @@ def _recipe(arguments: argparse.Namespace, cascade: Any) -> Any:
     from .sampling import Recipe
 
     base = cascade.recipe if arguments.recipe is None else getattr(Recipe, arguments.recipe)()
-    switches = {name: getattr(arguments, name) for name in TECHNIQUES}
-    return dataclasses.replace(base, **{name: on for name, on in switches.items() if on is not None})
+    changes = {name: getattr(arguments, name) for name in TECHNIQUES}
+    changes |= {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
+    return dataclasses.replace(base, **{name: value for name, value in changes.items() if value is not None})
 
 
 def _view_args(text: str | None) -> Any:
@@ -183,9 +182,9 @@ def _view_args(text: str | None) -> Any:
         return None
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
-            f"--view-args {text!r} is not JSON ({error}); give a list, one entry per view"
+            f"--view-args {text[:200]!r} is not JSON ({error}); give a list, one entry per view"
         ) from None
 
 
@@ -198,6 +197,8 @@ def parse_seeds(words: Sequence[str]) -> list[int]:
         first, dash, last = word.partition("-")
         if not (first.isascii() and first.isdigit()) or (dash and not (last.isascii() and last.isdigit())):
             raise InputError(f"--seed {word!r} is neither a whole number from 0 up nor a range such as 4-7")
+        if max(len(first), len(last)) > 19:
+            raise InputError(f"--seed {word[:60]!r} is too large; seeds go from 0 to {2**63 - 1}")
         stop = int(last) if dash else int(first)
         if not int(first) <= stop < int(first) + 100_000:
             raise InputError(f"--seed {word!r}: a range goes upwards and names at most 100000 seeds")

@@ -21,6 +21,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError:
         raise InputError(f"device={device!r} is no device; use 'cpu', 'cuda', 'cuda:0' or 'mps'") from None
+    if str(resolved) != str(device):  # torch counts modulo 256: cuda:256 would be cuda:0
+        raise InputError(f"device={device!r} is no device; use 'cpu', 'cuda', 'cuda:0' or 'mps'")
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (resolved.index or 0) >= count:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import platform
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +22,13 @@ from .errors import InputError, SourceError
 from .media import encode_png, remove_leftovers, side_by_side, write_atomically
 from .models.sources import Source, read_json
 from .prompts import check_prompts, concept_span, parse_concept, styled
-from .sampling import Recipe, StepState, sample_stage1, sample_stage2
+from .sampling import Recipe, Schedule, StepState, sample_stage1, sample_stage2
+from .sampling.stages import SCORER_SIZE
 from .views import View, get_views, view_from_metadata
 
 DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_NOISE_LEVEL = 30, 10.0, 50
 MAX_SEED = 2**63 - 1
+MAX_SIDE = 1024  # px, of stage I; far above it no machine has the memory
 METADATA = "metadata.json"
 OnStep = Callable[[list[int], int, StepState], None]
 
@@ -115,9 +119,11 @@ def generate_anagram(
         raise InputError(f"recipe={recipe!r} must be a Recipe, such as Recipe.released(), or None")
     if not isinstance(style, str):
         raise InputError(f"style={style!r} must be a string; '' for none")
+    if on_step is not None and not callable(on_step):
+        raise InputError(f"on_step={on_step!r} must be a function on_step(seeds, stage, state), or None")
     clean, marked, positions = _concepts(style, prompts, concepts)
-    check_prompts(clean, len(views))
     made_views = get_views(views, view_args)
+    check_prompts(clean, len(made_views))
     _check_noise_level(noise_level)
     folder = check_folder(save_dir)
     changes: dict[str, Any] = {}
@@ -149,22 +155,30 @@ def repeat_anagram(
     model: where the weights are, None = the embedded cascade. Raises InputError where the weights are not
     those that made the picture, or the file is not metadata of ours.
     """
+    if not isinstance(metadata, str | Path):
+        raise InputError(f"metadata={metadata!r} must be the path of a metadata.json")
     content = read_json(Path(metadata))
     try:
-        request, seed, sizes = content["request"], content["seed"], content["sizes"]
+        if content["format"] != 1 or type(content["seed"]) is not int:
+            raise InputError(
+                f"format={content['format']!r} must be 1, and seed={content['seed']!r} one number"
+            )
+        request, seed = content["request"], content["seed"]
         recipe = Recipe.from_dict(request["recipe"])
-        views = [view_from_metadata(view) for view in request["views"]]
+        views = [view_from_metadata(view) for view in _column(request, "views", dict)]
         checksum = request["weights_sha256"]
         job = _Job(
-            list(request["prompts"]),
-            list(request["concepts"]),
-            list(request["concept_positions"]),
+            _column(request, "prompts", str),
+            _column(request, "concepts", str, type(None), length=len(views)),
+            _column(request, "concept_positions", int, type(None), length=len(views)),
             views,
             recipe,
             request["noise_level"],
-            [int(side) for side in sizes],
+            _column(content, "sizes", int),
         )
-        style = str(request["style"])
+        style = request["style"]
+        if not isinstance(style, str):
+            raise InputError(f"style={style!r} must be a string")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{metadata} is not metadata of this library ({type(error).__name__}: {error}); give a "
@@ -181,8 +195,23 @@ def repeat_anagram(
             f"{metadata} was made with weights of sha256 {checksum}, but {cascade.name} has {found}: name the "
             "same weights with model="
         )
-    _sizes(cascade, views, job.sizes[0], job.sizes[-1], recipe)
+    possible = _sizes(cascade, views, job.sizes[0], job.sizes[-1], recipe)
+    if possible != job.sizes:
+        raise InputError(
+            f"{metadata} has sizes={job.sizes}, but {cascade.name} makes {possible}: it is damaged"
+        )
     return next(iter(_run(cascade, job, style, seeds, folder, 1, overwrite, progress, None)))
+
+
+def _column(values: dict[str, Any], name: str, *kinds: type, length: int | None = None) -> list[Any]:
+    """A list of the metadata whose entries are all of these kinds; InputError for anything else."""
+    column = values[name]
+    fits = isinstance(column, list) and bool(column) and all(type(entry) in kinds for entry in column)
+    if not fits or (length is not None and len(column) != length):
+        number = "1 or more" if length is None else str(length)
+        words = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise InputError(f"{name}={column!r} must be a list of {number}, each {words}")
+    return column
 
 
 def check_seeds(seed: int | Sequence[int]) -> list[int]:
@@ -200,7 +229,13 @@ def check_folder(save_dir: str | Path) -> Path:
     """The output folder's path, if files can go there; it is made only when something is written."""
     if not isinstance(save_dir, str | Path) or not str(save_dir) or "\0" in str(save_dir):
         raise InputError(f"save_dir={save_dir!r} must be a folder's path")
-    folder = Path(save_dir).expanduser()
+    try:
+        os.fsencode(save_dir)
+        folder = Path(save_dir).expanduser()
+    except (UnicodeEncodeError, RuntimeError) as error:  # half a character; a user without a home here
+        raise InputError(
+            f"save_dir={save_dir!r} cannot be a path ({error}); choose another folder"
+        ) from error
     try:
         for ancestor in (folder, *folder.parents):
             if ancestor.exists():
@@ -233,7 +268,7 @@ def _concepts(
     parsed = [parse_concept(styled(style, prompt)) for prompt in prompts]
     clean, marked, positions = (list(column) for column in zip(*parsed, strict=True))
     if concepts is not None:
-        if isinstance(concepts, str) or len(concepts) != len(prompts):
+        if not isinstance(concepts, list | tuple) or len(concepts) != len(prompts):
             raise InputError(
                 f"concepts={concepts!r} must be a list of {len(prompts)}, one per prompt, or None"
             )
@@ -248,7 +283,8 @@ def _concepts(
 
 def _cascade(model: Cascade | Source | None, device: torch.device | None) -> Cascade:
     if isinstance(model, Cascade):
-        if device is not None and device != model.device:
+        places = [(place.type, place.index or 0) for place in (device or model.device, model.device)]
+        if places[0] != places[1]:
             raise InputError(
                 f"device={str(device)!r}, but the cascade is on {str(model.device)!r}: leave device out, or make "
                 "the Cascade there"
@@ -264,8 +300,10 @@ def _sizes(
     config = cascade.unet_1.config
     side = (config.sample_size or 64) if size is None else size
     factor = config.size_factor
-    if isinstance(side, bool) or not isinstance(side, int) or side < factor or side % factor:
-        raise InputError(f"size={side!r} must be a multiple of {factor} for this stage I UNet")
+    if isinstance(side, bool) or not isinstance(side, int) or not factor <= side <= MAX_SIDE or side % factor:
+        raise InputError(
+            f"size={side!r} must be a multiple of {factor} up to {MAX_SIDE} for this stage I UNet"
+        )
     sizes = [side, 4 * side] if cascade.has_stage_2 else [side]
     if stop_after is not None:
         if stop_after not in (side, 4 * side):
@@ -323,7 +361,13 @@ def _run(
         )
     made: dict[int, Anagram] = {}
     if todo:
+        for seed in todo:
+            _check_room(_folder(folder, seed), job.sizes)
+        schedules = [
+            cascade.schedule(stage, job.recipe.num_inference_steps) for stage in range(1, len(job.sizes) + 1)
+        ]
         text, null = cascade.encode(job.prompts)
+        _check_networks(cascade, job, schedules, text.shape[-1])
         score = None
         if job.recipe.balancing and len(job.views) > 1:
             score = cascade.noise_clip.scorer(job.prompts)
@@ -339,9 +383,11 @@ def _run(
 
             for start in range(0, len(todo), batch_size):
                 batch = todo[start : start + batch_size]
-                for stage in _stages(cascade, job, batch, text, null, spans, score, step):
+                for stage in _stages(cascade, job, batch, text, null, spans, score, schedules, step):
                     side = job.sizes[0] if stage.num == 1 else job.sizes[1]
                     for seed, picture in zip(batch, stage.pictures, strict=True):
+                        if overwrite and stage.num == 1:
+                            _clear(_folder(folder, seed))
                         _write_pictures(_folder(folder, seed), side, picture, job.views)
                 for seed in batch:
                     made[seed] = _finish(folder, seed, request, cascade, job.sizes)
@@ -363,10 +409,11 @@ def _stages(
     null: Tensor,
     spans: list[tuple[int, int]] | None,
     score: Any,
+    schedules: list[Schedule],
     step: Callable[[list[int], int, StepState], None],
 ) -> Iterator[_Stage]:
     """Stage I, then II where asked for; one generator per image serves both, as in the released code."""
-    recipe, steps = job.recipe, job.recipe.num_inference_steps
+    recipe = job.recipe
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     states = sample_stage1(
         cascade.unet_1,
@@ -378,7 +425,7 @@ def _stages(
         generators=generators,
         recipe=recipe,
         size=job.sizes[0],
-        schedule=cascade.schedule(1, steps),
+        schedule=schedules[0],
     )
     for state in states:
         step(seeds, 1, state)
@@ -395,15 +442,82 @@ def _stages(
             recipe=recipe,
             noise_level=job.noise_level,
             size=job.sizes[1],
-            schedule=cascade.schedule(2, steps),
+            schedule=schedules[1],
         )
         for state in states:
             step(seeds, 2, state)
         yield _Stage(2, state.x)
 
 
+def _check_networks(cascade: Cascade, job: _Job, schedules: list[Schedule], text_width: int) -> None:
+    """InputError for networks that are not each other's, which would else show when work is half done."""
+    for stage, schedule in enumerate(schedules, start=1):
+        config = (cascade.unet_1 if stage == 1 else cascade.unet_2).config
+        wanted = {
+            "in_channels": 3 * stage,  # stage II sees stage I's picture too
+            "out_channels": 6,
+            "encoder_hid_dim": text_width,
+            "class_embed_type": None if stage == 1 else "timestep",
+        }
+        for name, value in wanted.items():
+            if getattr(config, name) != value:
+                raise InputError(
+                    f"the cascade {cascade.name}: its UNet of stage {'I' * stage} has "
+                    f"{name}={getattr(config, name)!r}, but {value!r} is needed here; take all parts from one release"
+                )
+        if stage == 2 and job.noise_level >= schedule.num_train_timesteps:
+            raise InputError(
+                f"noise_level={job.noise_level} must be below stage II's {schedule.num_train_timesteps} timesteps"
+            )
+    if job.recipe.balancing and len(job.views) > 1:
+        encoder = cascade.noise_clip.image_encoder
+        first = max(schedule.timesteps[0] for schedule in schedules)
+        if encoder.image_size != SCORER_SIZE or encoder.n_timesteps <= first:
+            raise InputError(
+                f"the cascade {cascade.name}: its noise-aware CLIP is for {encoder.image_size} px and "
+                f"{encoder.n_timesteps} timesteps, but {SCORER_SIZE} px and timesteps up to {first} are needed; "
+                "name another with noise_clip=, or turn balancing off"
+            )
+
+
+def _check_room(folder: Path, sizes: list[int]) -> None:
+    """SourceError where a seed's files could not be written in the end."""
+    names = [METADATA, *(f"sample_{side}{kind}.png" for side in sizes for kind in ("", ".views"))]
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise SourceError(f"{folder} is a file, where a folder is to be made; choose another save_dir")
+        for name in names:
+            if (folder / name).is_dir():
+                raise SourceError(
+                    f"{folder / name} is a folder, where a file is to be written; remove it, or choose another "
+                    "save_dir"
+                )
+        there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise SourceError(
+                f"{folder}: {there} cannot be written to; choose a save_dir that you can write to"
+            )
+    except OSError as error:
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(f"{folder} cannot be used ({error}); choose another save_dir") from error
+
+
 def _folder(folder: Path, seed: int) -> Path:
     return folder / f"{seed:04d}"
+
+
+def _clear(folder: Path) -> None:
+    """Take away a finished seed's metadata and pictures, which would no longer belong together."""
+    try:
+        if not (folder / METADATA).is_file():
+            return
+        (folder / METADATA).unlink()
+        for path in folder.glob("sample_*.png"):
+            if re.fullmatch(r"sample_\d+(\.views)?\.png", path.name):
+                path.unlink()
+    except OSError as error:
+        raise SourceError(f"{folder} cannot be overwritten ({error}); choose another folder") from error
 
 
 def _write_pictures(folder: Path, side: int, picture: Tensor, views: list[View]) -> None:
@@ -443,11 +557,17 @@ def _finished(
     own = _folder(folder, seed)
     if overwrite or not (own / METADATA).is_file():
         return None
-    content = read_json(own / METADATA)
+    try:
+        content = read_json(own / METADATA)
+    except SourceError as error:
+        raise SourceError(
+            f"{error}; overwrite=True (--overwrite) makes the pictures of seed {seed} anew"
+        ) from error
     if content.get("request") != json.loads(json.dumps(request)):
         old = content.get("request")
         old = old if isinstance(old, dict) else {}
         differs = ", ".join(key for key in request if old.get(key) != json.loads(json.dumps(request[key])))
+        differs = differs or "fields that this version does not know"
         raise InputError(
             f"{own} holds another request's pictures (different: {differs}); choose another folder, or "
             "overwrite=True (--overwrite) to replace them"
@@ -461,6 +581,7 @@ def _finished(
                 return None
             if hashlib.sha256(path.read_bytes()).hexdigest() != pictures[name]:
                 return None
+    remove_leftovers(own)
     return Anagram(seed, own, {side: own / f"sample_{side}.png" for side in sizes}, skipped=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import io
 import os
@@ -31,7 +32,7 @@ def encode_png(picture: Tensor) -> bytes:
     """A picture (3, H, W) in [-1, 1] as the bytes of a PNG file."""
     from PIL import Image
 
-    if picture.ndim != 3 or picture.shape[0] != 3:
+    if picture.ndim != 3 or picture.shape[0] != 3 or not picture.numel():
         raise InputError(f"a picture of shape {tuple(picture.shape)} cannot be written: expected (3, H, W)")
     pixels = to_uint8(picture).permute(1, 2, 0).contiguous()  # (H, W, 3)
     raw = ctypes.string_at(pixels.data_ptr(), pixels.numel())
@@ -69,9 +70,10 @@ def save_picture(path: Path, picture: Tensor) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the unfinished neighbours that a killed process left in a folder."""
+    """Delete the unfinished neighbours that a killed process left in a folder, where that is allowed."""
     for path in folder.glob(".*.part"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _umask() -> int:

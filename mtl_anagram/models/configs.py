@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -189,6 +189,7 @@ _INTS = {
 }  # fmt: skip
 _FLOATS = {"norm_eps", "resnet_out_scale_factor", "mid_block_scale_factor"}
 _MAX_SIZE = 1 << 20  # no width, count or side comes near; a larger number is a damaged file
+_MAX_LAYERS = 64  # per block, likewise; a million would take hours before a tensor is looked at
 
 
 def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
@@ -198,9 +199,9 @@ def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
         )
 
 
-def _size(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_SIZE:
-        raise ConfigError(f"{name}={value!r} must be a whole number from 1 to {_MAX_SIZE}")
+def _size(name: str, value: Any, limit: int = _MAX_SIZE) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+        raise ConfigError(f"{name}={value!r} must be a whole number from 1 to {limit}")
     return value
 
 
@@ -214,7 +215,7 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
         elif name in _FLOATS:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ConfigError(f"{name}={value!r} must be a number above 0")
-            if not (math.isfinite(value) and value > 0):
+            if not 0 < value <= sys.float_info.max:  # JSON's whole numbers have no end
                 raise ConfigError(f"{name}={value!r} must be finite and above 0")
             typed[name] = float(value)
         elif name == "resnet_skip_time_act":
@@ -232,8 +233,9 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
     layers = values["layers_per_block"]
     if isinstance(layers, (list, tuple)):
         typed["layers_per_block"] = tuple(
-            _size(f"layers_per_block[{i}]", item) for i, item in enumerate(layers)
+            _size(f"layers_per_block[{i}]", item, _MAX_LAYERS) for i, item in enumerate(layers)
         )
     else:
-        typed["layers_per_block"] = (_size("layers_per_block", layers),) * len(typed["block_out_channels"])
+        layers = _size("layers_per_block", layers, _MAX_LAYERS)
+        typed["layers_per_block"] = (layers,) * len(typed["block_out_channels"])
     return typed

@@ -13,7 +13,7 @@ from ..devices import resolve_device, resolve_dtype
 from ..errors import InputError, SourceError, WeightsError
 from .configs import UNetConfig
 from .noise_clip import NoiseCLIP, image_encoder_from, text_encoder_from
-from .sources import Files, Source, open_source, read_json, require
+from .sources import Files, Source, open_source, read_config, read_json, require
 from .t5 import T5Encoder
 from .t5_config import T5Config
 from .tokenizers import CLIPTokenizer, T5Tokenizer
@@ -40,7 +40,7 @@ def load_unet(
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     files = open_source(source, subfolder, "config.json")
-    config = UNetConfig.from_dict(read_json(require(files, "config.json")))
+    config = read_config(require(files, "config.json"), UNetConfig.from_dict)
     paths = weight_files(files, "diffusion_pytorch_model", variant)
     return assemble(lambda: UNet(config), paths, dtype=dtype, device=device, one_dtype=True)
 
@@ -61,7 +61,7 @@ def load_t5(
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     files = open_source(source, subfolder, "config.json")
-    config = T5Config.from_dict(read_json(require(files, "config.json")))
+    config = read_config(require(files, "config.json"), T5Config.from_dict)
     return assemble(
         lambda: T5Encoder(config),
         weight_files(files, "model", variant),
@@ -95,7 +95,11 @@ def load_noise_clip(
 
     def tower(name: str, build: Callable[[Mapping[str, Tensor]], M]) -> M:
         state, origin = _clip_state(files, name)
-        return _fill(build(state), state, origin, dtype=dtype, device=device, one_dtype=True)
+        try:
+            module = build(state)
+        except WeightsError as error:
+            raise WeightsError(f"{origin}: {error}; take the file from a whole release") from error
+        return _fill(module, state, origin, dtype=dtype, device=device, one_dtype=True)
 
     image, text = tower("clip_image_enc", image_encoder_from), tower("clip_text_enc", text_encoder_from)
     if merges is None:

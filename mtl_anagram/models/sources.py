@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import InputError, SourceError
 
 Source = str | os.PathLike[str]
+T = TypeVar("T")
 
 
 class Folder:
@@ -25,7 +27,10 @@ class Folder:
     def get(self, name: str) -> Path | None:
         """The file's path, or None where the folder has no such file."""
         path = self.path / name
-        return path if path.is_file() else None
+        try:
+            return path if path.is_file() else None
+        except OSError as error:  # a name that is too long, say
+            raise SourceError(f"{path} cannot be looked up ({error}); give another name or folder") from error
 
     def listing(self) -> str:
         """What is there instead, for error messages."""
@@ -112,7 +117,12 @@ def open_source(source: Source, subfolder: str | None, marker: str) -> Files:
     text = os.fspath(source)
     if "\0" in str(text) or "\0" in (subfolder or ""):
         raise InputError(f"source={source!r} holds a null character, which no path can have")
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # "~somebody" who has no home here
+        raise SourceError(
+            f"source={text!r} cannot be read as a path: {error}; write it without '~'"
+        ) from error
     try:
         exists, is_dir = path.exists(), path.is_dir()
     except OSError as error:
@@ -144,8 +154,19 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not readable as JSON ({error}); download or write it again") from error
     if not isinstance(content, dict):
-        raise SourceError(f"{path} holds a JSON {type(content).__name__}, not an object; download it again")
+        raise SourceError(
+            f"{path} holds a JSON {type(content).__name__}, not an object; download or write it again"
+        )
     return content
+
+
+def read_config(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
+    """What `parse` makes of a JSON file's object; its errors then name the file too."""
+    content = read_json(path)
+    try:
+        return parse(content)
+    except InputError as error:
+        raise type(error)(f"{path}: {error}; change it back, or download the file again") from error
 
 
 def require(files: Files, name: str) -> Path:

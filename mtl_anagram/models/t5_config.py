@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -38,6 +38,7 @@ IGNORED = frozenset({
     "use_bfloat16", "use_cache",
 })  # fmt: skip
 _MAX_SIZE = 1 << 20  # no width or count comes near; a larger number is a damaged file
+_MAX_LAYERS = 1024  # likewise; a million would take minutes before the file's tensors are looked at
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,12 @@ class T5Config:
             if field.name == "layer_norm_epsilon":
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise ConfigError(f"layer_norm_epsilon={value!r} must be a number above 0, such as 1e-6")
-                if not (math.isfinite(value) and value > 0):
+                if not 0 < value <= sys.float_info.max:  # JSON's whole numbers have no end
                     raise ConfigError(f"layer_norm_epsilon={value!r} must be finite and above 0")
-            elif isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_SIZE:
-                raise ConfigError(f"{field.name}={value!r} must be a whole number from 1 to {_MAX_SIZE}")
+                continue
+            limit = _MAX_LAYERS if field.name == "num_layers" else _MAX_SIZE
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+                raise ConfigError(f"{field.name}={value!r} must be a whole number from 1 to {limit}")
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets % 2 or buckets < 4:
             raise ConfigError(

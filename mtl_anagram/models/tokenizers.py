@@ -259,7 +259,10 @@ def _merge_lines(path: Path) -> list[str]:
             f"{path} is not a whole list of merges, gzipped or plain ({error}); download it again"
         ) from error
     lines = text.rstrip("\n").split("\n")
-    return lines[1:] if "#version" in lines[0] else [line for line in lines if line]
+    lines = lines[1:] if "#version" in lines[0] else [line for line in lines if line]
+    if not lines:
+        raise SourceError(f"{path} holds no merges: it is cut or another file; download it again")
+    return lines
 
 
 def _merge(line: str | tuple[str, str], where: str, number: int) -> tuple[str, str]:

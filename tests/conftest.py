@@ -1,0 +1,33 @@
+"""For all tests: threads that wait without spinning, and a tiny cascade, written and loaded once."""
+
+import os
+
+# Read when torch loads its OpenMP library: a spinning thread holds up the others where cores are busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+from mtl_anagram import Cascade
+from tests.unit.tiny import write_cascade
+
+
+@pytest.fixture(scope="session")
+def cascade_folder(tmp_path_factory):
+    """The tiny cascade's folder; tests that change files make their own."""
+    return write_cascade(tmp_path_factory.mktemp("cascade"))
+
+
+@pytest.fixture(scope="session")
+def cascade(cascade_folder):
+    """The tiny cascade on the CPU; its models are loaded once for all tests."""
+    return Cascade.from_pretrained(cascade_folder, device="cpu")
+
+
+@pytest.fixture
+def one_thread():
+    """Toy tensors gain nothing from a second thread, and lose much to it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,66 @@
+"""What the README tells a reader to type works, with fewer steps."""
+
+import functools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import mtl_anagram
+from mtl_anagram import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = re.findall(r"^(?:    )?(mtl-anagram .*)$", README.replace("\\\n", " "), re.M)
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_blocks_run(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = functools.partial(mtl_anagram.generate_anagram, num_inference_steps=2)
+    monkeypatch.setattr(mtl_anagram, "generate_anagram", quick)
+    names = {"__name__": "readme"}
+    exec(PYTHON[number].replace("num_inference_steps=10", "num_inference_steps=2"), names)
+    if "pictures" in names:
+        assert names["pictures"].shape == (2, 3, 64, 64)
+    elif "views" in names:
+        x = torch.rand(2, 3, 64, 64)
+        assert torch.equal(names["views"][1].inverse_view(names["views"][1].view(x)), x)
+        assert names["views"][1].to_metadata()["arguments"] == {"bands": 4}
+    else:
+        assert sorted(p.name for p in tmp_path.glob("output/*/*.png")) == sorted(
+            3 * ["sample_64.png", "sample_64.views.png"]
+        )
+
+
+def test_commands_run(tmp_path, monkeypatch, capsys):
+    """In their order, in one folder: the last one repeats the first one's picture."""
+    monkeypatch.chdir(tmp_path)
+    embedded = [words for words in map(shlex.split, COMMANDS) if "--model" not in words]
+    assert len(embedded) >= 4
+    for words in embedded:
+        if words[1] == "generate":
+            words = [word for word in words if word not in ("--steps", "50")] + ["--steps", "1"]
+        # Seeds that another command of the page has written to the same folder stand for other prompts.
+        assert cli.main([*words[1:], "--quiet", "--overwrite"]) == 0, capsys.readouterr().err
+    assert (tmp_path / "again/0009/sample_64.png").read_bytes() == (
+        tmp_path / "output/0009/sample_64.png"
+    ).read_bytes()
+
+
+def test_commands_for_released_weights_are_understood():
+    words = [words for words in map(shlex.split, COMMANDS) if "--model" in words]
+    assert words
+    for command in words:
+        arguments = cli._parser().parse_args(command[1:])
+        assert arguments.variant == "fp16"
+
+
+def test_named_files_exist():
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
