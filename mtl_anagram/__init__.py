@@ -1,13 +1,17 @@
 """Visual anagrams: one picture that reads as several things, each under its own view."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cascade import Cascade
+    from .errors import AnagramError, ConfigError, InputError, SourceError, WeightsError
+    from .generate import generate_anagram, repeat_anagram
+    from .output import Anagram
+    from .sampling import Recipe
+    from .views import View, get_views
+
 __version__ = "0.1.0"
-
-from .cascade import Cascade
-from .errors import AnagramError, ConfigError, InputError, SourceError, WeightsError
-from .generate import Anagram, generate_anagram, repeat_anagram
-from .sampling import Recipe
-from .views import View, get_views
-
 __all__ = [
     "Anagram",
     "AnagramError",
@@ -22,3 +26,25 @@ __all__ = [
     "get_views",
     "repeat_anagram",
 ]
+# A name's module is imported when the name is first used: the command answers --help without torch.
+_HOMES = {
+    "Anagram": "output",
+    "Cascade": "cascade",
+    "Recipe": "sampling",
+    "View": "views",
+    "generate_anagram": "generate",
+    "get_views": "views",
+    "repeat_anagram": "generate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None = the process's); returns its exit status."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    # torch says so at every start where numpy is not installed, and nothing here needs it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     from .errors import AnagramError
 
     try:
