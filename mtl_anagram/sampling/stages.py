@@ -178,9 +178,7 @@ class _Run:
             raise InputError(f"score is {type(score).__name__}: give a callable score(pictures, t) or None")
         if not isinstance(recipe, Recipe):
             raise InputError(f"recipe is {type(recipe).__name__}: give a Recipe such as Recipe.released()")
-        whole_number("size", size, 8)
-        if size % 8:
-            raise InputError(f"size={size} must be a multiple of 8, for example {size // 8 * 8}")
+        whole_number("size", size, 1)  # which sizes it can take, the network says itself
         generators = _checked_generators(generators)
         if isinstance(views, str) or not isinstance(views, Sequence) or not views:
             raise InputError(f"views={views!r}: give a list of at least one view")

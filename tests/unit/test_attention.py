@@ -1,0 +1,99 @@
+"""The attention function against a slow one that takes a query and a key at a time."""
+
+import math
+
+import pytest
+import torch
+
+from mtl_anagram.models.attention import attention, attention_with_columns, sinusoids
+from tests.helpers import relative
+
+ROWS, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 5, 7, 4
+
+
+def slow(q, k, v, *, mask=None, scale=None, causal=False):
+    """Output (B, N, Q, d) and probabilities (B, N, Q, S), one dot product after another, in doubles."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    output, probabilities = torch.zeros_like(q), torch.zeros(*q.shape[:3], k.shape[2], dtype=q.dtype)
+    for b in range(q.shape[0]):
+        for n in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                weights = []
+                for j in range(k.shape[2]):
+                    logit = (
+                        sum(float(x) * float(y) for x, y in zip(q[b, n, i], k[b, n, j], strict=True)) * scale
+                    )
+                    if mask is not None:
+                        entry = mask.expand(*q.shape[:3], k.shape[2])[b, n, i, j]
+                        if mask.dtype != torch.bool:
+                            logit += float(entry)
+                        elif not entry:
+                            logit = -math.inf
+                    weights.append(0.0 if causal and j > i else math.exp(logit))
+                for j, weight in enumerate(weights):
+                    probabilities[b, n, i, j] = weight / sum(weights)
+                    output[b, n, i] += weight / sum(weights) * v[b, n, j]
+    return output, probabilities
+
+
+def inputs(keys=KEYS):
+    draws = torch.Generator().manual_seed(0)
+    shapes = [(ROWS, HEADS, length, WIDTH) for length in (QUERIES, keys, keys)]
+    return [torch.randn(shape, generator=draws, dtype=torch.float64) for shape in shapes]
+
+
+def masks():
+    draws = torch.Generator().manual_seed(1)
+    return {
+        "none": None,
+        "bias": torch.randn(1, HEADS, QUERIES, KEYS, generator=draws, dtype=torch.float64),
+        "padding": torch.arange(KEYS)[None, None, None] < torch.tensor([4, 7])[:, None, None, None],
+    }
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize("mask", masks())
+def test_attention_equals_the_slow_one(mask, scale):
+    q, k, v = inputs()
+    expected, _ = slow(q, k, v, mask=masks()[mask], scale=scale)
+    assert relative(attention(q, k, v, mask=masks()[mask], scale=scale), expected) < 1e-12
+
+
+def test_causal():
+    q, k, v = inputs(keys=QUERIES)
+    assert relative(attention(q, k, v, causal=True), slow(q, k, v, causal=True)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_columns_are_those_of_the_softmax_over_all_keys(scale):
+    q, k, v = inputs()
+    columns = torch.tensor([[2, 3, 3], [0, 1, 2]])
+    keep = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])  # row 0 asks for two
+    output, chosen = attention_with_columns(q, k, v, columns, keep, scale=scale)
+    expected, probabilities = slow(q, k, v, scale=scale)
+    assert relative(output, expected) < 1e-6  # its softmax is in float32
+    assert chosen.dtype == torch.float32
+    assert relative(chosen[0, ..., :2].double(), probabilities[0, ..., 2:4]) < 1e-6
+    assert not chosen[0, ..., 2].any()
+    assert relative(chosen[1].double(), probabilities[1, ..., :3]) < 1e-6
+    assert relative(output, attention(q, k, v, scale=scale)) < 1e-6
+
+
+def test_columns_are_differentiable():
+    q, k, v = (x.float().requires_grad_() for x in inputs())
+    columns, keep = torch.tensor([[1], [4]]), torch.ones(2, 1)
+    chosen = attention_with_columns(q, k, v, columns, keep)[1]
+    mine = torch.autograd.grad(chosen.square().sum(), (q, k))
+    probabilities = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(WIDTH), -1)
+    wanted = probabilities[0, ..., 1].square().sum() + probabilities[1, ..., 4].square().sum()
+    for gradient, expected in zip(mine, torch.autograd.grad(wanted, (q, k)), strict=True):
+        assert relative(gradient, expected) < 1e-5
+
+
+def test_sinusoids_are_cosines_then_sines_of_falling_frequency():
+    code = sinusoids(torch.tensor([0, 957]), 6)
+    assert torch.equal(code[0], torch.tensor([1.0, 1, 1, 0, 0, 0]))
+    for k in range(3):
+        angle = 957 * 10000 ** (-k / 3)
+        assert abs(code[1, k].item() - math.cos(angle)) < 1e-4
+        assert abs(code[1, 3 + k].item() - math.sin(angle)) < 1e-4
