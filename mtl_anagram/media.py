@@ -64,9 +64,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def save_picture(path: Path, picture: Tensor) -> None:
+def save_picture(path: str | Path, picture: Tensor) -> None:
     """Write one picture (3, H, W) in [-1, 1] as a PNG file, atomically."""
-    write_atomically(path, encode_png(picture))
+    write_atomically(Path(path), encode_png(picture))
 
 
 def remove_leftovers(folder: Path) -> None:

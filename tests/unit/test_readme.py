@@ -17,11 +17,16 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = re.findall(r"^(?:    )?(mtl-anagram .*)$", README.replace("\\\n", " "), re.M)
 
 
+def quicken(monkeypatch):
+    """Two steps in the place of 30."""
+    quick = functools.partial(mtl_anagram.generate_anagram, num_inference_steps=2)
+    monkeypatch.setattr(mtl_anagram, "generate_anagram", quick)
+
+
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python_blocks_run(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    quick = functools.partial(mtl_anagram.generate_anagram, num_inference_steps=2)
-    monkeypatch.setattr(mtl_anagram, "generate_anagram", quick)
+    quicken(monkeypatch)
     names = {"__name__": "readme"}
     exec(PYTHON[number].replace("num_inference_steps=10", "num_inference_steps=2"), names)
     if "pictures" in names:
@@ -64,3 +69,21 @@ def test_named_files_exist():
     assert links
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
+def test_examples_run(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    quicken(monkeypatch)
+    code = path.read_text(encoding="utf-8").replace("num_inference_steps=20", "num_inference_steps=2")
+    exec(compile(code, str(path), "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    pictures = [word for word in printed.split() if word.endswith(".png")]
+    assert pictures
+    assert all((tmp_path / picture).is_file() for picture in pictures)
+
+
+def test_example_command_is_understood():
+    for path in ROOT.glob("examples/*.sh"):
+        line = next(x for x in path.read_text(encoding="utf-8").splitlines() if x.startswith("mtl-anagram"))
+        assert cli._parser().parse_args(shlex.split(line)[1:]).prompts

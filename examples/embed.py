@@ -1,0 +1,29 @@
+"""For an engineer: anagrams inside a program of your own. Nothing is printed, errors are typed.
+
+python examples/embed.py
+"""
+
+from mtl_anagram import AnagramError, Cascade, generate_anagram
+
+cascade = Cascade.from_pretrained(device="cpu")  # loads when first used, once for all requests
+
+
+def anagram_of(first: str, second: str, folder: str) -> str | None:
+    """A picture's path, or None where the request cannot be served."""
+
+    def watch(seeds, stage, state):
+        """Called at every step: a progress bar, a preview of state.x, or an exception that ends the run."""
+
+    try:
+        made = generate_anagram(
+            "a sketch of", [first, second], ["identity", "rotate_180"], folder, model=cascade, on_step=watch
+        )
+    except AnagramError as error:  # a ValueError or an OSError, with value, limit and remedy
+        print(f"refused: {error}")
+        return None
+    return str(made[0].pictures[64])
+
+
+if __name__ == "__main__":
+    print(anagram_of("a house", "a tree", "output"))
+    print(anagram_of("a house", "a [tree", "output"))
