@@ -15,7 +15,6 @@ from ..errors import InputError
 from .attention import attention, attention_with_columns, sinusoids
 from .configs import CROSS_NORM_GROUPS, UNetConfig
 
-PLACES = ("down", "mid", "up")
 Span = tuple[int, int]
 
 
@@ -355,9 +354,10 @@ class UNet(nn.Module):
         """Attention from pixels to text tokens, by layer, differentiable; stops after the last layer needed.
 
         spans: half-open token ranges, one (start, stop) for all rows or one per row. resolution: the height
-        of the layers asked for; places: of "down", "mid", "up". Returns {layer's path: (R, N, h, w, T)} with
-        T the longest span's length; columns past a shorter span's end are 0. The values are columns of the
-        joint softmax over text and pixel keys, so they do not sum to 1 over the tokens.
+        of the layers asked for; places: "down", "mid", "up", or beginnings of paths such as "up_blocks.2".
+        Returns {layer's path: (R, N, h, w, T)} with T the longest span's length; columns past a shorter
+        span's end are 0. The values are columns of the joint softmax over text and pixel keys, so they do not
+        sum to 1 over the tokens.
         """
         recorder = self._recorder(x, spans, resolution, places, text)
         return self._run(x, t, text, class_labels, recorder, stop_early=True)[1]
@@ -391,10 +391,15 @@ class UNet(nn.Module):
         for span in spans:
             if not (isinstance(span, tuple | list) and len(span) == 2 and 0 <= span[0] < span[1] <= tokens):
                 raise InputError(f"token range {span!r}: expected 0 <= start < stop <= {tokens} tokens")
-        for place in places:
-            if place not in PLACES:
-                raise InputError(f"place {place!r} is none of {', '.join(PLACES)}")
         layers = self.attention_layers(x.shape[-2])
+        if isinstance(places, str):
+            raise InputError(f"places={places!r} must be a list such as ['down', 'up']")
+        for place in places:
+            if not place or not any(name.startswith(place) for name in layers):
+                raise InputError(
+                    f"place {place!r} begins no attention layer's path; use 'down', 'mid', 'up', or paths such as "
+                    f"{next(reversed(layers))!r}"
+                )
         wanted = {
             name
             for name, side in layers.items()

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from mtl_anagram.errors import InputError
 from mtl_anagram.models import load_unet
 from mtl_anagram.models.configs import UNetConfig
 from mtl_anagram.models.unet import UNet
@@ -104,6 +105,7 @@ def stored_maps(reference):
         (STAGE_1, 64, 32, ("down", "up")),
         (STAGE_1, 32, 4, ("down", "mid", "up")),
         (STAGE_1, 32, 8, ("down",)),
+        (STAGE_1, 32, 16, ("down_blocks.1.attentions.0", "up_blocks.2")),
         (STAGE_2, 64, 8, ("up",)),
         (STAGE_2, 64, 4, ("mid",)),
     ],
@@ -160,6 +162,15 @@ def test_gradient_of_maps_equals_autograd_through_the_reference():
     )
     assert relative(gradient, expected) < 1e-5
     assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("places", ["down", ["side"], [""], ["down", "up_blocks.9"]])
+def test_places_that_are_none(places):
+    ours = ours_of(unet(STAGE_1))
+    with pytest.raises(InputError, match="place"):
+        ours.text_maps(
+            torch.zeros(1, 3, 32, 32), 300, torch.zeros(1, 7, 32), (2, 4), resolution=16, places=places
+        )
 
 
 def test_maps_stop_after_the_last_layer_needed():
