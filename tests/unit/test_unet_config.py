@@ -1,5 +1,7 @@
 """A UNet's config: what it accepts, refuses and fills in; the released models' names and sizes."""
 
+import hashlib
+
 import pytest
 import torch
 
@@ -8,18 +10,19 @@ from mtl_anagram.models.configs import FIXED, UNetConfig
 from mtl_anagram.models.unet import UNet
 from tests.unit.tiny import STAGE_1, STAGE_2
 
-# block_out_channels, layers_per_block, cross dim, parameters, tensors: counts of the published files
+# block_out_channels, layers_per_block, cross dim; of the published files: parameters, tensors, and the first 16
+# digits of the SHA-256 of all "name [shape]" lines, sorted by name
 RELEASED = {
-    "IF-I-M": ([192, 384, 576, 768], 3, 768, 371_605_830, 775),
-    "IF-I-L": ([320, 640, 960, 1280], 3, 1280, 935_365_830, 775),
-    "IF-I-XL": ([704, 1408, 2112, 2816], 3, 2816, 4_304_695_110, 775),
-    "IF-II-M": ([128, 256, 512, 768, 768], [2, 2, 3, 4, 2], 768, 461_064_198, 721),
-    "IF-II-L": ([160, 320, 640, 960, 1280], [2, 2, 3, 5, 5], 1280, 1_243_277_190, 939),
+    "IF-I-M": ([192, 384, 576, 768], 3, 768, 371_605_830, 775, "dbcff754abc312b0"),
+    "IF-I-L": ([320, 640, 960, 1280], 3, 1280, 935_365_830, 775, "8ac78ca7eade5450"),
+    "IF-I-XL": ([704, 1408, 2112, 2816], 3, 2816, 4_304_695_110, 775, "80c7e421cc9c1f3d"),
+    "IF-II-M": ([128, 256, 512, 768, 768], [2, 2, 3, 4, 2], 768, 461_064_198, 721, "7c1ed44b82eea23f"),
+    "IF-II-L": ([160, 320, 640, 960, 1280], [2, 2, 3, 5, 5], 1280, 1_243_277_190, 939, "350659213c9a2bff"),
 }
 
 
 def released(name):
-    widths, layers, cross, _, _ = RELEASED[name]
+    widths, layers, cross, *_ = RELEASED[name]
     base = STAGE_2 if "II" in name else STAGE_1
     return {
         **base,
@@ -38,9 +41,12 @@ def released(name):
 def test_released_sizes_on_the_meta_device(name):
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(released(name)))
-    _, _, _, parameters, tensors = RELEASED[name]
+    *_, parameters, tensors, digest = RELEASED[name]
     assert sum(p.numel() for p in unet.parameters()) == parameters
-    assert len(unet.state_dict()) == tensors
+    shapes = sorted((name, list(tensor.shape)) for name, tensor in unet.state_dict().items())
+    assert len(shapes) == tensors
+    lines = "\n".join(f"{name} {shape}" for name, shape in shapes)
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == digest
     if "II" not in name:
         layers = unet.attention_layers(64)
         at_32 = [layer for layer, side in layers.items() if side == 32]
