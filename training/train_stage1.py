@@ -39,10 +39,10 @@ class Plan:
     lr: float = 1e-3
     weight_decay: float = 0.01
     warmup: int = 6_000
-    cooldown: int = 9_000
-    pictures: int = 70_000
-    grow: tuple[int, ...] = (24_000, 27_000)
-    batches: tuple[int, ...] = (32, 16, 16)
+    cooldown: int = 35_000
+    pictures: int = 165_000
+    grow: tuple[int, ...] = (24_000, 14_000)
+    batches: tuple[int, ...] = (32, 32, 32)
     keys: int = 256
     bf16: bool = True
     widths: tuple[int, ...] = (32, 32, 64, 128)

@@ -1,0 +1,76 @@
+"""Alignment and concealment on scores whose measures are known."""
+
+import math
+
+import pytest
+import torch
+
+from mtl_anagram.errors import InputError
+from mtl_anagram.metrics import alignment, concealment, quantile, score_matrix
+from mtl_anagram.views import get_views
+
+
+def test_alignment_is_the_worst_views():
+    scores = torch.tensor([[[0.3, 0.9], [0.9, 0.2]], [[0.1, 0.0], [0.0, 0.4]]])
+    assert alignment(scores).tolist() == pytest.approx([0.2, 0.1])
+
+
+def test_concealment_by_hand():
+    s = [[0.30, 0.27, 0.21], [0.25, 0.29, 0.28], [0.20, 0.26, 0.31]]
+    total = 0.0
+    for i in range(3):
+        row = sum(math.exp(s[i][j] / 0.02) for j in range(3))
+        column = sum(math.exp(s[j][i] / 0.02) for j in range(3))
+        total += math.exp(s[i][i] / 0.02) * (1 / row + 1 / column) / 2
+    assert concealment(torch.tensor([s]), temperature=0.02).item() == pytest.approx(total / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("views", [1, 2, 3, 5])
+def test_concealment_at_its_ends(views):
+    assert concealment(torch.full((2, views, views), 0.3)).tolist() == pytest.approx([1 / views] * 2)
+    assert concealment(torch.eye(views)[None]).item() == pytest.approx(1.0)
+    if views > 1:
+        assert concealment(1 - torch.eye(views)[None]).item() < 1e-6
+
+
+def test_quantile_is_between_two_values():
+    assert quantile(torch.arange(11.0)).item() == pytest.approx(9.0)
+    assert quantile(torch.tensor([1.0, 2.0]), 0.25).item() == pytest.approx(1.25)
+
+
+def test_the_matrix_has_a_row_for_every_view():
+    """A scorer that sees the brightest row: upside down, the other prompt's."""
+    views = get_views(["identity", "flip"])
+    pictures = torch.zeros(2, 3, 4, 4)
+    pictures[0, :, 0] = 1.0
+    pictures[1, :, 3] = 2.0  # the norm does not matter
+    scores = score_matrix(pictures, views, lambda x: x.mean(dim=(1, 3)), torch.eye(4)[[0, 3]] * 5)
+    assert torch.allclose(scores[0], torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert torch.allclose(scores[1], torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    "call, match",
+    [
+        (lambda: alignment(torch.zeros(2, 2)), "scores.*shape"),
+        (lambda: alignment(torch.zeros(1, 2, 3)), "one row per view"),
+        (lambda: concealment(torch.zeros(1, 2, 2), 0.0), "temperature=0.0"),
+        (lambda: quantile(torch.zeros(2, 2)), "values"),
+        (lambda: quantile(torch.zeros(2), 1.5), "share=1.5"),
+        (
+            lambda: score_matrix(
+                torch.zeros(1, 3, 4, 4), get_views(["flip"]), lambda x: x, torch.zeros(2, 4)
+            ),
+            "texts",
+        ),
+        (
+            lambda: score_matrix(
+                torch.zeros(1, 3, 4, 4), get_views(["flip"]), lambda x: x, torch.zeros(1, 4)
+            ),
+            "embed_image's result",
+        ),
+    ],
+)
+def test_refusals(call, match):
+    with pytest.raises(InputError, match=match):
+        call()
