@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mtl_anagram.models.attention import sinusoids
@@ -27,10 +28,11 @@ PROBES = (0, 300, 600, 750, 850, 920, 957)  # timesteps at which held-out drawin
 class Plan:
     """Everything that decides the weights, besides the data.
 
-    `scale` divides the softmax's temperature and is fixed. Half of the pictures show one of the cascade's
-    own concepts, half any of the data set's names. `floor`: cosines below it are pushed up, because balancing
-    raises them to negative powers (the published CLIP's are positive for pictures of any kind). `half_range`:
-    the share of pictures handed over as x/2 + 0.5, the range in which the released code scores pictures.
+    `scale` divides the softmax's temperature and is fixed. A share `own` of the pictures shows one of the
+    cascade's own concepts, the others any of the data set's names. `floor`: cosines below it are pushed up,
+    because balancing raises them to negative powers (the published CLIP's are positive for pictures of any
+    kind). `half_range`: the share of pictures handed over as x/2 + 0.5, the range in which the released code
+    scores pictures.
     `easy`: pictures over which the highest timestep rises from 200 to the last.
     """
 
@@ -46,6 +48,8 @@ class Plan:
     floor_weight: float = 200.0
     half_range: float = 0.125
     easy: int = 24_000
+    own: float = 0.8
+    bf16: bool = True
     limit: int = 1_000
     patch: int = 8
     width: int = 128
@@ -127,7 +131,7 @@ class Trainer:
         g, size = self.generator, self.plan.batch
         labels = torch.randint(len(self.rows), (size,), generator=g)
         own = torch.tensor(self.own)[torch.randint(len(self.own), (size,), generator=g)]
-        labels = torch.where(torch.rand(size, generator=g) < 0.5, own, labels)
+        labels = torch.where(torch.rand(size, generator=g) < self.plan.own, own, labels)
         places = (torch.rand(size, generator=g) * torch.tensor([len(r) for r in self.rows])[labels]).long()
         rows = torch.stack([self.rows[c][p] for c, p in zip(labels.tolist(), places.tolist(), strict=True)])
         x0 = drawings.augment(self.data["train"][rows], g)
@@ -136,8 +140,10 @@ class Trainer:
         x_t = self.diffusion.noised(x0, t, torch.randn(x0.shape, generator=g))
         half = torch.rand(size, generator=g) < self.plan.half_range
         x_t = torch.where(half[:, None, None, None], x_t / 2 + 0.5, x_t)
-        texts = self.texts(torch.multinomial(self.weights, 1, generator=g)[:, 0])
-        cosines = self.towers.image(x_t, t) @ texts.T  # (B, 67)
+        choice = torch.multinomial(self.weights, 1, generator=g)[:, 0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.plan.bf16):
+            texts, pictures = self.texts(choice), self.towers.image(x_t, t)
+        cosines = pictures @ texts.T  # (B, 67)
         loss = F.cross_entropy(self.plan.scale * cosines, labels)
         loss = loss + self.plan.floor_weight * F.relu(self.plan.floor - cosines).square().mean()
         loss.backward()
@@ -172,6 +178,11 @@ class Trainer:
             }
         return result
 
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of an exported CLIP of the same sizes; the optimizer starts anew."""
+        for tower, name in ((self.towers.image, "clip_image_enc"), (self.towers.text, "clip_text_enc")):
+            tower.load_state_dict(load_file(folder / f"{name}.safetensors"))
+
     def state(self) -> dict[str, Any]:
         """All that a later stretch needs to go on as if there had been no break."""
         return {
@@ -199,6 +210,14 @@ def main() -> None:
     parser.add_argument(
         "--pictures", type=int, default=None, help="length of the whole training, in pictures"
     )
+    parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument("--own", type=float, default=None, help="share of the cascade's own concepts")
+    parser.add_argument(
+        "--cooldown", type=int, default=None, help="pictures over which the learning rate falls"
+    )
+    parser.add_argument(
+        "--init", default=None, help="a folder of exported towers to start from, the first time"
+    )
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -208,13 +227,15 @@ def main() -> None:
     checkpoint = run / "checkpoint.pt"
     state = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
     settings = {} if state is None else dict(state["plan"])
-    if args.pictures is not None:
-        settings["pictures"] = args.pictures
+    given = {name: getattr(args, name) for name in ("pictures", "lr", "own", "cooldown")}
+    settings.update({name: value for name, value in given.items() if value is not None})
     plan = Plan(**settings)
     data = drawings.load(args.data, captions.NAMES, args.cache, plan.limit)
     trainer = Trainer(plan, data, CLIPTokenizer(args.merges))
     if state is not None:
         trainer.load(state)
+    elif args.init is not None:
+        trainer.start_from(Path(args.init))
     log = (run / "log.jsonl").open("a", buffering=1)
     count = sum(p.numel() for p in trainer.towers.parameters())
     print(
