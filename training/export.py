@@ -82,7 +82,13 @@ def training_facts(stage1: dict[str, Any] | None, clip: dict[str, Any] | None) -
 
 
 def write_index(out: Path, concepts: list[str], facts: dict[str, Any]) -> None:
-    """cascade.json: name, concepts, styles, every file's SHA-256."""
+    """cascade.json: name, concepts, styles, training, every file's SHA-256.
+
+    What an older index says of a part that is not exported now, and its recipe, stay.
+    """
+    old: dict[str, Any] = {}
+    if (out / "cascade.json").is_file():
+        old = json.loads((out / "cascade.json").read_text(encoding="utf-8"))
     files = {
         file.relative_to(out).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(out.rglob("*"))
@@ -92,8 +98,10 @@ def write_index(out: Path, concepts: list[str], facts: dict[str, Any]) -> None:
     }
     index = {
         "name": NAME, "concepts": concepts, "styles": [style for style in captions.STYLES if style],
-        "training": facts, "files": files,
+        "training": {**old.get("training", {}), **facts}, "files": files,
     }  # fmt: skip
+    if "recipe" in old:
+        index["recipe"] = old["recipe"]
     write_atomically(out / "cascade.json", as_json(index))
 
 

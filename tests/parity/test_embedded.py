@@ -1,0 +1,55 @@
+"""The embedded cascade's files, read by the reference libraries: the same layout, the same numbers."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from transformers import T5EncoderModel
+
+from mtl_anagram.cascade import embedded_folder
+from mtl_anagram.models import load_t5, load_tokenizer, load_unet
+from mtl_anagram.models.sources import read_json
+from mtl_anagram.sampling import Schedule
+from tests.helpers import relative
+
+STAGE_1 = embedded_folder() / "stage_1"
+
+
+@pytest.fixture(scope="module")
+def text():
+    """States of three prompts and of the empty one, by both libraries."""
+    ids, mask = load_tokenizer(STAGE_1)(["a sketch of a duck", "A Rabbit ", "an elephant", ""])
+    theirs = T5EncoderModel.from_pretrained(STAGE_1 / "text_encoder", dtype=torch.float32)
+    with torch.no_grad():
+        return (
+            load_t5(STAGE_1, dtype=torch.float32)(ids, mask),
+            theirs(ids, attention_mask=mask).last_hidden_state,
+        )
+
+
+def test_the_text_encoder(text):
+    assert relative(*text) < 1e-5
+
+
+def test_the_unet(text):
+    theirs = UNet2DConditionModel.from_pretrained(
+        STAGE_1 / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
+    ours = load_unet(STAGE_1, dtype=torch.float32)
+    x, t = (
+        torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([957, 500, 33, 0]),
+    )
+    with torch.no_grad():
+        expected = theirs(x, t, text[1]).sample
+        assert relative(ours(x, t, text[0]), expected) < 1e-5
+    assert relative(expected[:1, :3], x[:1]) < 0.5  # a trained one: at t = 957 nearly all of x is noise
+
+
+def test_the_schedule():
+    config = STAGE_1 / "scheduler" / "scheduler_config.json"
+    ours = Schedule.from_config(read_json(config), 30)
+    assert ours == Schedule.stage_1(30)
+    theirs = DDPMScheduler.from_pretrained(STAGE_1 / "scheduler")
+    theirs.set_timesteps(30)
+    assert tuple(theirs.timesteps.tolist()) == ours.timesteps
+    assert torch.equal(theirs.alphas_cumprod, ours.alphas_cumprod)
