@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import at_least_float32, float_tensor, number
 from .errors import InputError
-from .sampling.checks import at_least_float32, float_tensor, number
 from .sampling.guidance import to_views
 
 CLIP_TEMPERATURE = 0.01  # of the published CLIPs: 1 / exp(ln 100)

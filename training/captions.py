@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mtl_anagram.media import write_atomically
+
 LENGTH = 77  # tokens of a padded prompt, IF's
 STYLES = (
     "", "a sketch of", "a drawing of", "a doodle of", "a line drawing of", "an ink drawing of",
@@ -150,14 +152,6 @@ def merge(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
         else:
             out.append(symbol)
     return tuple(out)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(content)
-    scratch.replace(path)
 
 
 def main() -> None:

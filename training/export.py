@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from mtl_anagram.media import write_atomically
 from training import captions, drawings, train_stage1
-from training.captions import write_atomically
 
 NAME = "embedded-v1"
 # The published stage I scheduler's settings.

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mtl_anagram.models.unet import JointAttention, TextContext, UNet
+from mtl_anagram.models.unet import UNet
+from mtl_anagram.models.unet_blocks import JointAttention, TextContext
 
 
 class Head(nn.Module):

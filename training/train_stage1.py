@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from mtl_anagram.models.configs import UNetConfig
 from mtl_anagram.models.t5 import T5Encoder
 from mtl_anagram.models.t5_config import T5Config
-from mtl_anagram.models.unet import JointAttention, Resnet, TextContext, UNet
+from mtl_anagram.models.unet import UNet
+from mtl_anagram.models.unet_blocks import JointAttention, Resnet, TextContext
 from training import captions, drawings, growing
 from training.diffusion import VLB_WEIGHT, Diffusion, sample, timestep_weights
 from training.growing import heads_for, pooled, pooled_noise

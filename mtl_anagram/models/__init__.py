@@ -6,7 +6,8 @@ from .noise_clip import NoiseCLIP
 from .t5 import T5Encoder
 from .t5_config import T5Config
 from .tokenizers import CLIPTokenizer, T5Tokenizer
-from .unet import TextContext, UNet
+from .unet import UNet
+from .unet_blocks import TextContext
 
 __all__ = [
     "CLIPTokenizer",

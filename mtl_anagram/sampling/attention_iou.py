@@ -10,8 +10,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..checks import at_least_float32, choice, float_tensor, number
 from ..errors import InputError
-from .checks import at_least_float32, choice, float_tensor, number
 
 MEASURES = ("overlap", "iou")
 FLOOR = 1e-12  # smallest mass of a map, or of a pair of maps, that is divided by

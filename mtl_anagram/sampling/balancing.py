@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import at_least_float32, float_tensor, number, whole_number
 from ..errors import InputError
-from .checks import at_least_float32, float_tensor, number, whole_number
 
 FLOOR = 1e-4  # smallest cosine that counts as itself; a negative one would have no real power
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import float_tensor
 from ..errors import InputError
-from .checks import float_tensor
 
 
 def to_views(x: Tensor, views: Sequence[Any]) -> Tensor:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..checks import choice, flag, number, whole_number
 from ..errors import InputError
 from .attention_iou import MEASURES
 from .balancing import FLOOR
-from .checks import choice, flag, number, whole_number
 from .rectification import DIAGONALS
 
 SCORER_RANGES = ("half", "signed")

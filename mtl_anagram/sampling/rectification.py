@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import at_least_float32, choice, float_tensor
+from ..checks import at_least_float32, choice, float_tensor
 
 DIAGONALS = ("unit", "measured")
 # Smallest power, relative to the parts', that the weighted mean may have: noises that cancel each other are

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import at_least_float32, choice, flag, float_tensor, number, whole_number
 from ..errors import ConfigError, InputError
-from .checks import at_least_float32, choice, flag, float_tensor, number, whole_number
 
 VARIANCE_TYPES = ("learned_range", "fixed_small")
 # Fields of a scheduler's config of which one value is implemented, and what a file that omits them means.

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import float_tensor, whole_number
 from ..errors import InputError
 from .attention_iou import anti_segregation_step, concept_maps
 from .balancing import balance
-from .checks import float_tensor, whole_number
 from .guidance import combine, from_views, guide, to_views
 from .recipe import Recipe
 from .rectification import rectify

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import whole_number
 from ..errors import InputError
 
 LARGEST_WORKING_SIZE = 4096  # px; where a map's size is not allowed, an allowed one up to here is looked for
@@ -238,16 +239,6 @@ def _shares(old: int, new: int) -> Tensor:
     b = torch.arange(old, device="cpu")[None, :] * new
     common = torch.minimum(a + old, b + new) - torch.maximum(a, b)
     return common.clamp(min=0).double() / new
-
-
-def whole_number(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """An int (no bool) from low to high, both included; high None = no upper limit."""
-    limit = f"from {low} to {high}" if high is not None else f"of at least {low}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"{name}={value!r} ({type(value).__name__}) must be a whole number {limit}")
-    if value < low or (high is not None and value > high):
-        raise InputError(f"{name}={value} must be a whole number {limit}")
-    return value
 
 
 def is_built_in(kind: type[View]) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import MAX_SEED, IndexView, pixel_numbers, whole_number
+from ..checks import whole_number
+from .base import MAX_SEED, IndexView, pixel_numbers
 from .permutations import drawn_permutation
 
 GRID = 4

@@ -14,8 +14,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..checks import whole_number
 from ..errors import InputError
-from .base import MAX_SEED, IndexView, View, pixel_numbers, short, whole_number
+from .base import MAX_SEED, IndexView, View, pixel_numbers, short
 
 MAX_PATCHES = 256  # per side
 MAX_FACTOR = 64.0

@@ -1,4 +1,4 @@
-"""Checks of callers' values that several files of the sampler share: what it is, its limit, the remedy."""
+"""Checks of callers' values that several parts share: what it is, its limit, the remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from .errors import InputError
 
 
 def whole_number(
@@ -77,5 +77,5 @@ def float_tensor(name: str, value: Any, shape: Sequence[int | None], legend: str
 
 
 def at_least_float32(value: Tensor) -> Tensor:
-    """The tensor in float32, or as it is if its floats are wider: the precision of all sampler maths."""
+    """The tensor in float32, or as it is if its floats are wider: the precision of all sampling maths."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
