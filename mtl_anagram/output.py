@@ -61,7 +61,7 @@ def check_folder(save_dir: str | Path) -> Path:
 
 def check_room(folder: Path, sizes: list[int]) -> None:
     """SourceError where a seed's files could not be written in the end."""
-    names = [METADATA, *(f"sample_{side}{kind}.png" for side in sizes for kind in ("", ".views"))]
+    names = [METADATA, *picture_names(sizes)]
     try:
         if folder.exists() and not folder.is_dir():
             raise SourceError(f"{folder} is a file, where a folder is to be made; choose another save_dir")
@@ -80,6 +80,11 @@ def check_room(folder: Path, sizes: list[int]) -> None:
         if isinstance(error, SourceError):
             raise
         raise SourceError(f"{folder} cannot be used ({error}); choose another save_dir") from error
+
+
+def picture_names(sizes: list[int]) -> list[str]:
+    """The released code's names: for each side in px the picture, and its views side by side."""
+    return [f"sample_{side}{kind}.png" for side in sizes for kind in ("", ".views")]
 
 
 def folder_of(folder: Path, seed: int) -> Path:
@@ -109,7 +114,7 @@ def finish(folder: Path, seed: int, request: dict[str, Any], cascade: Cascade, s
     from . import __version__
 
     own = folder_of(folder, seed)
-    names = [f"sample_{side}{kind}.png" for side in sizes for kind in ("", ".views")]
+    names = picture_names(sizes)
     content = {
         "format": 1,
         "seed": seed,
@@ -152,13 +157,11 @@ def finished(
             "overwrite=True (--overwrite) to replace them"
         )
     pictures = content.get("pictures")
-    for side in sizes:
-        for kind in ("", ".views"):
-            name = f"sample_{side}{kind}.png"
-            path = own / name
-            if not isinstance(pictures, dict) or name not in pictures or not path.is_file():
-                return None
-            if hashlib.sha256(path.read_bytes()).hexdigest() != pictures[name]:
-                return None
+    for name in picture_names(sizes):
+        path = own / name
+        if not isinstance(pictures, dict) or name not in pictures or not path.is_file():
+            return None
+        if hashlib.sha256(path.read_bytes()).hexdigest() != pictures[name]:
+            return None
     remove_leftovers(own)
     return Anagram(seed, own, {side: own / f"sample_{side}.png" for side in sizes}, skipped=True)

@@ -15,13 +15,7 @@ from tests.unit import tiny
 TOKENS, WIDTH = 5, 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Toy tensors gain nothing from a second thread, and lose much to it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Flip:
