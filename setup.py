@@ -41,10 +41,11 @@ setup(
             "transformers>=4.40",
             "protobuf",
             "numpy",
+            "scipy",
             "ftfy",
         ],
         "bench": ["diffusers>=0.30", "transformers>=4.40", "protobuf"],
-        "train": ["numpy"],
+        "train": ["numpy", "scipy"],
     },
     entry_points={"console_scripts": ["mtl-anagram = mtl_anagram.cli:main"]},
 )

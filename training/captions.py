@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 
 from mtl_anagram.media import write_atomically
+from training.styles import PAINTS, STYLES, sketch
 
 LENGTH = 77  # tokens of a padded prompt, IF's
-STYLES = (
-    "", "a sketch of", "a drawing of", "a doodle of", "a line drawing of", "an ink drawing of",
-    "a pencil sketch of", "a simple drawing of", "a picture of",
-)  # fmt: skip
 # Names of the data set's drawings: the tokenizers know them all, so later cascades can learn more.
 NAMES = (
     "airplane", "alarm clock", "apple", "banana", "bear", "bed", "bee", "bicycle", "bird", "book",
@@ -29,13 +26,13 @@ NAMES = (
     "sea turtle", "sheep", "skull", "snowflake", "snowman", "squirrel", "star", "sun", "the mona lisa",
     "tiger", "tractor", "train", "tree", "whale", "windmill", "wine bottle", "wine glass",
 )  # fmt: skip
-# Styles that later cascades may learn; only the tokenizers see them now.
+# Styles that no cascade has learnt yet; the tokenizers know their words.
 LATER_STYLES = (
-    "a chalk drawing of", "a charcoal drawing of", "a neon sign of", "a painting of", "a watercolor of",
-    "a photo of", "an oil painting of", "a woodcut of", "an engraving of", "a stencil of",
-    "a poster of", "a thick brush drawing of", "a black and white drawing of", "a blue print of",
-    "a red, green and yellow picture of",
+    "a watercolor of", "a photo of", "an oil painting of", "a woodcut of", "an engraving of", "a poster of",
+    "a black and white drawing of", "a blue print of", "a red, green and yellow picture of",
 )  # fmt: skip
+# How often training draws one of the sketch's words; the other styles share the rest.
+SKETCHES = 0.4
 _BARE = {"the mona lisa"}
 _PLURAL = {"headphones", "pants"}
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-&/+"
@@ -48,7 +45,7 @@ def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def captions_of(name: str, styles: tuple[str, ...] = STYLES) -> list[str]:
+def captions_of(name: str, styles: tuple[str, ...] = tuple(STYLES)) -> list[str]:
     """All captions of a drawing of `name`: every style, with the article and without, the name last."""
     subjects = dict.fromkeys((with_article(name), name))
     return [f"{style} {subject}".strip() for subject in subjects for style in styles]
@@ -58,28 +55,37 @@ def caption_table(concepts: tuple[str, ...]) -> tuple[list[str], Tensor, Tensor]
     """Every caption of every concept, and how training draws one.
 
     Returns texts (the empty prompt first), places (C, K) long into texts, and weights (C, K): with the
-    article four times in five; one caption in three without a style.
+    article four times in five; SKETCHES of the time in the sketch's words, one in four of them without a
+    style. Column k of both is of the style at k modulo len(STYLES): `paint_of(k)`.
     """
     texts, places, weights = [""], [], []
+    sketches = sum(style is sketch for style in STYLES.values())
     for concept in concepts:
         captions = captions_of(concept)
         places.append(torch.arange(len(texts), len(texts) + len(captions)))
         texts += captions
         row = []
         for i in range(len(captions)):
-            bare_style = STYLES[i % len(STYLES)] == ""
-            row.append(
-                (0.8 if i < len(STYLES) else 0.2) * (1 / 3 if bare_style else 2 / 3 / (len(STYLES) - 1))
-            )
+            words, style = list(STYLES.items())[i % len(STYLES)]
+            share = (1 - SKETCHES) / (len(PAINTS) - 1)
+            if style is sketch:
+                share = SKETCHES * (0.25 if words == "" else 0.75 / (sketches - 1))
+            row.append((0.8 if i < len(STYLES) else 0.2) * share)
         weights.append(torch.tensor(row))
     width = max(len(p) for p in places)
     padded = torch.stack([torch.cat([p, p[:1].expand(width - len(p))]) for p in places])
     return texts, padded, torch.stack([torch.cat([w, w.new_zeros(width - len(w))]) for w in weights])
 
 
+def paint_of(column: Tensor) -> Tensor:
+    """Columns of `caption_table`'s arrays -> the places in PAINTS of their styles."""
+    paints = torch.tensor([PAINTS.index(style) for style in STYLES.values()])
+    return paints[column % len(STYLES)]
+
+
 def corpus() -> list[str]:
     """The sentences from which both tokenizers are made."""
-    lines = [text for name in NAMES for text in captions_of(name, STYLES + LATER_STYLES)]
+    lines = [text for name in NAMES for text in captions_of(name, (*STYLES, *LATER_STYLES))]
     lines += [text for name in NAMES for text in captions_of(name, ("", "a sketch of", "a drawing of"))] * 3
     words = dict.fromkeys(word for line in lines for word in re.findall("[a-z]+", line))
     # A unigram model's candidates are substrings of two different words: the plural makes each word one.

@@ -1,9 +1,10 @@
-"""Real drawings as smooth 64 px pictures: read, made smooth, split, cached, augmented."""
+"""Real drawings as smooth 64 px strokes and the shapes they enclose: read, split, cached, augmented."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,29 +13,33 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-# Concepts of the first cascade: simple drawings that do not read as themselves when turned.
+# Concepts of the embedded cascade: drawings that people name at a glance, however roughly they are drawn.
 CONCEPTS = (
     "duck", "rabbit", "cat", "elephant", "penguin", "face", "house", "flower", "tree", "snowman",
-    "skull", "whale",
+    "skull", "whale", "airplane", "apple", "bee", "bicycle", "book", "butterfly", "cake", "car",
+    "chair", "clock", "cloud", "donut", "eye", "fish", "guitar", "hat", "house plant", "lion",
+    "lollipop", "moon", "mouth", "pig", "rainbow", "sea turtle", "sheep", "snowflake", "star", "sun",
+    "wine bottle", "wine glass",
 )  # fmt: skip
 SIZE = 64
-HELD_OUT = 10  # one drawing in this many is never trained on
+# Of ten drawings one is never trained on, two train the judge alone, the others the cascade.
+SPLITS = ("test", "judge", "judge", *["train"] * 7)
 INK_LIMITS = (0.03, 0.45)  # share of ink; outside, a drawing is unfinished or scribbled over
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
-def held_out(images: np.ndarray) -> np.ndarray:
-    """Which of (N, h, w) uint8 drawings belong to the test split: (N,) bool, from a hash of the drawing.
+def places_of(images: np.ndarray) -> np.ndarray:
+    """Where each of (N, h, w) uint8 drawings belongs: (N,) int64 places in SPLITS, from a hash of the drawing.
 
     The hash sees the drawing and its mirror image alike, so that a copy in the data, mirrored or not, is on
     the same side of the split.
     """
-    out = np.zeros(len(images), dtype=bool)
+    out = np.zeros(len(images), dtype=np.int64)
     for i, image in enumerate(images):
         digests = [
             hashlib.sha256(np.ascontiguousarray(turn).tobytes()).digest() for turn in (image, image[:, ::-1])
         ]
-        out[i] = int.from_bytes(min(digests)[:8], "big") % HELD_OUT == 0
+        out[i] = int.from_bytes(min(digests)[:8], "big") % len(SPLITS)
     return out
 
 
@@ -46,21 +51,43 @@ def smooth_64(images: np.ndarray, *, threshold: float = 0.42, softness: float = 
     curve of the given centre and width on ink in 0..1.
     """
     out = np.empty((len(images), SIZE, SIZE), dtype=np.uint8)
-    kernel = _gaussian(1.0 if images.shape[-1] < SIZE else 0.8)
+    kernel = gaussian(1.0 if images.shape[-1] < SIZE else 0.8)
     for start in range(0, len(images), 2048):
         x = torch.from_numpy(images[start : start + 2048]).float().div(255)[:, None]  # (n, 1, h, w)
         if x.shape[-1] != SIZE:
             x = F.interpolate(x, size=(SIZE, SIZE), mode="bicubic", align_corners=False)
-        radius = kernel.numel() // 2
-        x = F.pad(x, (radius,) * 4, mode="constant", value=0.0)
-        x = F.conv2d(F.conv2d(x, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+        x = convolved(F.pad(x, (4,) * 4), kernel)[..., 4:-4, 4:-4]
         low, high = torch.sigmoid(torch.tensor([(0 - threshold) / softness, (1 - threshold) / softness]))
         x = (torch.sigmoid((x - threshold) / softness) - low) / (high - low)
         out[start : start + 2048] = x[:, 0].clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
     return out
 
 
-def _gaussian(sigma: float) -> Tensor:
+def enclosed(ink: Tensor, *, gap: int = 2) -> Tensor:
+    """(N, 64, 64) uint8 strokes -> (N, 64, 64) uint8: the strokes and all that they enclose.
+
+    Strokes are widened by `gap` pixels, which closes gaps of twice that; what then has no way to the picture's
+    edge is inside; the outside is widened back.
+    """
+    from scipy import ndimage
+
+    margin, out = gap + 1, torch.empty_like(ink)
+    within_a_picture = np.zeros((3, 3, 3), dtype=bool)
+    within_a_picture[1] = ndimage.generate_binary_structure(2, 1)
+    for start in range(0, len(ink), 1024):
+        x = F.pad(ink[start : start + 1024, None].float().div(255), (margin,) * 4)
+        wide = F.max_pool2d((x > 0.35).float(), 2 * gap + 1, stride=1, padding=gap)
+        regions, _ = ndimage.label(wide[:, 0].numpy() == 0, structure=within_a_picture)
+        outside = torch.from_numpy(regions == regions[:, :1, :1])[:, None].float()
+        outside = F.max_pool2d(outside, 2 * gap + 1, stride=1, padding=gap)
+        inside = F.avg_pool2d(1 - outside, 3, stride=1, padding=1)
+        inside = torch.maximum(inside, x)[:, 0, margin:-margin, margin:-margin]
+        out[start : start + 1024] = inside.mul(255).round().to(torch.uint8)
+    return out
+
+
+def gaussian(sigma: float) -> Tensor:
+    """A normal curve's values at whole offsets up to three sigma, summing to 1."""
     radius = int(3 * sigma + 0.5)
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
     weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
@@ -74,8 +101,9 @@ def load(
 
     data: a folder with drawings_28.npz and, optionally, drawings_64.npz (images (N, s, s) uint8, labels (N,),
     names). A concept found in the 64 px file is taken from there, any other from the 28 px one; at most
-    `limit` drawings of each, chosen by a fixed draw, if it is given. Returns train
-    and test (N, 64, 64) uint8, ink white, and train_labels and test_labels (N,) long: places in `concepts`.
+    `limit` drawings of each, chosen by a fixed draw, if it is given. Returns for each split ("train",
+    "judge", "test"), here of "train": train (N, 64, 64) uint8, ink white; train_shapes (N, 64, 64) uint8, what
+    the strokes enclose; train_labels (N,) long, places in `concepts`.
     """
     cache = Path(cache)
     key = hashlib.sha256(repr((CACHE_VERSION, concepts, limit)).encode()).hexdigest()[:12]
@@ -103,18 +131,20 @@ def load(
     missing = [concept for concept in concepts if concept not in found]
     if missing:
         raise SystemExit(f"no drawings of {', '.join(missing)} in {data}")
-    parts: dict[str, list[np.ndarray]] = {"train": [], "train_labels": [], "test": [], "test_labels": []}
+    splits = dict.fromkeys(SPLITS)
+    parts: dict[str, list[np.ndarray]] = {f"{s}{kind}": [] for s in splits for kind in ("", "_labels")}
     for label, concept in enumerate(concepts):
         raw = found[concept]
         ink = raw.mean(axis=(1, 2)) / 255
         raw = raw[(ink > INK_LIMITS[0]) & (ink < INK_LIMITS[1])]
         if limit is not None:
             raw = raw[np.random.default_rng(0).permutation(len(raw))[:limit]]
-        test, smooth = held_out(raw), smooth_64(raw)
-        for split, chosen in (("train", ~test), ("test", test)):
-            parts[split].append(smooth[chosen])
-            parts[f"{split}_labels"].append(np.full(int(chosen.sum()), label, dtype=np.int64))
+        split, smooth = np.array(SPLITS)[places_of(raw)], smooth_64(raw)
+        for name in splits:
+            parts[name].append(smooth[split == name])
+            parts[f"{name}_labels"].append(np.full(int((split == name).sum()), label, dtype=np.int64))
     loaded = {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in parts.items()}
+    loaded |= {f"{name}_shapes": enclosed(loaded[name]) for name in splits}
     cache.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(".tmp")
     torch.save(loaded, scratch)
@@ -122,9 +152,23 @@ def load(
     return loaded
 
 
-def by_concept(labels: Tensor, count: int) -> list[Tensor]:
-    """(N,) labels -> for each of `count` concepts the rows that show it."""
-    return [torch.nonzero(labels == label)[:, 0] for label in range(count)]
+def load_typical(cache: str | Path) -> Tensor:
+    """How typical every drawing of the train split is, (N,): what `training.train_judge --curate` wrote."""
+    file = Path(cache) / "typical.pt"
+    if not file.is_file():
+        raise SystemExit(f"{file} is missing: run python -m training.train_judge --curate first")
+    return torch.load(file, weights_only=True)
+
+
+def by_concept(labels: Tensor, count: int, typical: Tensor | None = None, share: float = 1.0) -> list[Tensor]:
+    """(N,) labels -> for each of `count` concepts the rows that show it.
+
+    typical (N,): how typical each drawing is; of each concept the most typical `share` stays then.
+    """
+    rows = [torch.nonzero(labels == label)[:, 0] for label in range(count)]
+    if typical is None or share >= 1:
+        return rows
+    return [r[typical[r].argsort(descending=True, stable=True)[: math.ceil(share * len(r))]] for r in rows]
 
 
 def draw_rows(rows: list[Tensor], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -137,22 +181,40 @@ def draw_rows(rows: list[Tensor], size: int, generator: torch.Generator) -> tupl
     ), concepts
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 64, 64) uint8, ink white -> (B, 3, 64, 64) float in [-1, 1], black ink on white paper.
+def augment(ink: Tensor, shapes: Tensor, generator: torch.Generator, size: int = SIZE) -> Tensor:
+    """Strokes and shapes (B, 64, 64) uint8 -> (B, 2, size, size) float in [0, 1], moved alike.
 
-    Each drawing is mirrored with probability 1/2, scaled by 0.85..1.0 and shifted by up to 3 pixels; a
-    drawing's label survives all of it.
+    Each drawing is mirrored with probability 1/2, scaled by 0.85..1.0 and shifted by up to 3 pixels of 64; a
+    drawing's label survives all of it. Above 64 px the strokes' edges are made sharp again.
     """
-    count = len(images)
+    count = len(ink)
     draws = torch.rand(count, 4, generator=generator) * 2 - 1
     mirror = torch.where(draws[:, 0] < 0, -1.0, 1.0)
     scale = 1 / (0.925 + 0.075 * draws[:, 1])
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = mirror * scale, scale
     theta[:, :, 2] = draws[:, 2:] * (3 / (SIZE / 2))
-    grid = F.affine_grid(theta, [count, 1, SIZE, SIZE], align_corners=False)
-    ink = F.grid_sample(images[:, None].float().div(255), grid, mode="bilinear", align_corners=False)
-    return (1 - 2 * ink).expand(-1, 3, -1, -1)
+    grid = F.affine_grid(theta, [count, 2, size, size], align_corners=False)
+    fields = torch.stack([ink, shapes], dim=1).float().div(255)
+    if size == SIZE:
+        return F.grid_sample(fields, grid, mode="bilinear", align_corners=False)
+    fine = F.grid_sample(fields, grid, mode="bicubic", align_corners=False)
+    return sharpened(fine, size // SIZE)
+
+
+def sharpened(fields: Tensor, factor: int) -> Tensor:
+    """Enlarged fields in [0, 1], whose edges are as blurred as the small ones' -> edges a pixel or two wide."""
+    blur = gaussian(0.35 * factor)
+    fields = convolved(fields, blur)
+    return torch.sigmoid((fields - 0.5) * 3.2 * factor)
+
+
+def convolved(x: Tensor, kernel: Tensor) -> Tensor:
+    """(B, C, H, W) with a separable kernel (K,) along both sides; the edges' values go on outside."""
+    radius, channels = kernel.numel() // 2, x.shape[1]
+    x = F.pad(x, (radius,) * 4, mode="replicate")
+    x = F.conv2d(x, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+    return F.conv2d(x, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
 
 
 def sheet(pictures: Tensor, columns: int) -> Image.Image:
@@ -174,15 +236,18 @@ def main() -> None:
     parser.add_argument("--sheet", default="runs/data/sheet.png", help="where the overview is written")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    from training.styles import PAINTS, paint
+
     packed = load(args.data, CONCEPTS, args.cache)
     generator = torch.Generator().manual_seed(args.seed)
     pictures = []
     for concept, rows in zip(CONCEPTS, by_concept(packed["train_labels"], len(CONCEPTS)), strict=True):
-        test = int((packed["test_labels"] == CONCEPTS.index(concept)).sum())
-        print(f"{concept}: {len(rows)} to train on, {test} held out")
-        picked = rows[torch.randperm(len(rows), generator=generator)[:16]]
-        pictures.append(augment(packed["train"][picked], generator))
-    sheet(torch.cat(pictures), 16).save(args.sheet)
+        held = [int((packed[f"{s}_labels"] == CONCEPTS.index(concept)).sum()) for s in ("judge", "test")]
+        print(f"{concept}: {len(rows)} to train on, {held[0]} for the judge, {held[1]} held out")
+        picked = rows[torch.randperm(len(rows), generator=generator)[: 2 * len(PAINTS)]]
+        fields = augment(packed["train"][picked], packed["train_shapes"][picked], generator)
+        pictures.append(paint(fields, torch.arange(len(fields)) % len(PAINTS), generator))
+    sheet(torch.cat(pictures), 2 * len(PAINTS)).save(args.sheet)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from mtl_anagram.media import write_atomically
-from training import captions, drawings, train_stage1
+from training import checkpoints, drawings, styles, train_stage1, train_stage2
 
-NAME = "embedded-v1"
+NAME = "embedded-v2"
 # The published stage I scheduler's settings.
 SCHEDULER = {
     "_class_name": "DDPMScheduler", "beta_end": 0.02, "beta_schedule": "squaredcos_cap_v2",
@@ -55,6 +55,16 @@ def export_stage1(state: dict[str, Any], out: Path) -> None:
     write_atomically(out / "stage_1/scheduler/scheduler_config.json", as_json(SCHEDULER))
 
 
+def export_stage2(state: dict[str, Any], out: Path) -> None:
+    """The averaged weights of stage II's UNet, its config and the scheduler's settings; the text is stage I's."""
+    unet = train_stage2.network(plan_of(train_stage2.Plan, state["plan"]))
+    unet.load_state_dict(state["ema"])
+    write_atomically(out / "stage_2/unet/config.json", as_json(unet.config.to_dict()))
+    write_atomically(out / "stage_2/unet/diffusion_pytorch_model.safetensors", half(unet.state_dict()))
+    scheduler = {**SCHEDULER, "sample_max_value": 1.0}
+    write_atomically(out / "stage_2/scheduler/scheduler_config.json", as_json(scheduler))
+
+
 def export_noise_clip(state: dict[str, Any], out: Path) -> None:
     """Both towers; the byte-pair merges lie there already."""
     towers: dict[str, dict[str, Tensor]] = {"image": {}, "text": {}}
@@ -65,18 +75,14 @@ def export_noise_clip(state: dict[str, Any], out: Path) -> None:
     write_atomically(out / "noise_clip/clip_text_enc.safetensors", half(towers["text"]))
 
 
-def training_facts(stage1: dict[str, Any] | None, clip: dict[str, Any] | None) -> dict[str, Any]:
-    """What cascade.json says about the training: pictures seen, minutes, seeds."""
+def training_facts(states: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What cascade.json says about the training of each part: pictures seen, minutes, seeds."""
     facts: dict[str, Any] = {}
-    if stage1 is not None:
-        facts["stage_1"] = {
-            "pictures": stage1["seen"], "steps": stage1["step"], "minutes": round(stage1["seconds"] / 60, 1),
-            "seed": stage1["plan"]["seed"],
-        }  # fmt: skip
-    if clip is not None:
-        facts["noise_clip"] = {
-            "pictures": clip["step"] * clip["plan"]["batch"], "steps": clip["step"],
-            "minutes": round(clip["seconds"] / 60, 1), "seed": clip["plan"]["seed"],
+    for part, state in states.items():
+        plan = state["plan"]
+        facts[part] = {
+            "pictures": state["seen"] if "seen" in state else state["step"] * plan["batch"],
+            "steps": state["step"], "minutes": round(state["seconds"] / 60, 1), "seed": plan["seed"],
         }  # fmt: skip
     return facts
 
@@ -97,7 +103,7 @@ def write_index(out: Path, concepts: list[str], facts: dict[str, Any]) -> None:
         and file.name != "cascade.json"
     }
     index = {
-        "name": NAME, "concepts": concepts, "styles": [style for style in captions.STYLES if style],
+        "name": NAME, "concepts": concepts, "styles": [style for style in styles.STYLES if style],
         "training": {**old.get("training", {}), **facts}, "files": files,
     }  # fmt: skip
     if "recipe" in old:
@@ -105,29 +111,31 @@ def write_index(out: Path, concepts: list[str], facts: dict[str, Any]) -> None:
     write_atomically(out / "cascade.json", as_json(index))
 
 
+EXPORTS = {"stage_1": export_stage1, "stage_2": export_stage2, "noise_clip": export_noise_clip}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stage1", default="runs/stage1/checkpoint.pt")
-    parser.add_argument("--noise-clip", default="runs/noise_clip/checkpoint.pt")
+    for part in EXPORTS:
+        parser.add_argument(
+            f"--{part.replace('_', '-')}", default=f"runs/{part}", help="that training's folder"
+        )
     parser.add_argument("--out", default="weights", help="the cascade's folder, with both tokenizers in it")
     args = parser.parse_args()
     out = Path(args.out)
     for file in ("stage_1/tokenizer/spiece.model", "noise_clip/merges.txt"):
         if not (out / file).is_file():
             raise SystemExit(f"{out / file} is missing: run python -m training.captions --out {out} first")
-    states = []
-    for name in (args.stage1, args.noise_clip):
-        found = Path(name).is_file()
-        states.append(torch.load(name, weights_only=True) if found else None)
-        if not found:
-            print(f"no checkpoint {name}: this part is left as it is")
-    stage1, clip = states
-    if stage1 is not None:
-        export_stage1(stage1, out)
-    if clip is not None:
-        export_noise_clip(clip, out)
-    concepts = list(drawings.CONCEPTS if stage1 is None else stage1["concepts"])
-    facts = training_facts(stage1, clip)
+    states = {}
+    for part, export in EXPORTS.items():
+        state = checkpoints.load(Path(getattr(args, part)))
+        if state is None:
+            print(f"no checkpoint in {getattr(args, part)}: {part} is left as it is")
+            continue
+        export(state, out)
+        states[part] = state
+    concepts = list(states["stage_1"]["concepts"] if "stage_1" in states else drawings.CONCEPTS)
+    facts = training_facts(states)
     write_index(out, concepts, facts)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:.2f} MB; {json.dumps(facts)}")

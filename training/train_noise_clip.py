@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from mtl_anagram.models.attention import sinusoids
 from mtl_anagram.models.noise_clip import ImageEncoder, TextEncoder
 from mtl_anagram.models.tokenizers import CLIPTokenizer
-from training import captions, drawings
+from training import captions, checkpoints, drawings, styles
 from training.diffusion import STEPS, Diffusion
-from training.train_stage1 import save
 
 PROBES = (0, 300, 600, 750, 850, 920, 957)  # timesteps at which held-out drawings are scored
 
@@ -28,8 +27,8 @@ PROBES = (0, 300, 600, 750, 850, 920, 957)  # timesteps at which held-out drawin
 class Plan:
     """Everything that decides the weights, besides the data.
 
-    `scale` divides the softmax's temperature and is fixed. A share `own` of the pictures shows one of the
-    cascade's own concepts, the others any of the data set's names. `floor`: cosines below it are pushed up,
+    `scale` divides the softmax's temperature and is fixed. A share `one_style` of the batches has pictures and
+    captions in one style alone, so that the style gives nothing away. `floor`: cosines below it are pushed up,
     because balancing raises them to negative powers (the published CLIP's are positive for pictures of any
     kind). `half_range`: the share of pictures handed over as x/2 + 0.5, the range in which the released code
     scores pictures.
@@ -48,9 +47,9 @@ class Plan:
     floor_weight: float = 200.0
     half_range: float = 0.125
     easy: int = 24_000
-    own: float = 0.8
+    one_style: float = 0.75
+    typical: float = 0.6
     bf16: bool = True
-    limit: int = 1_000
     patch: int = 8
     width: int = 128
     image_layers: int = 4
@@ -94,7 +93,14 @@ class Towers(nn.Module):
 class Trainer:
     """The state of a training, one step at a time; all randomness comes from one generator."""
 
-    def __init__(self, plan: Plan, data: dict[str, Tensor], tokenizer: CLIPTokenizer) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        data: dict[str, Tensor],
+        tokenizer: CLIPTokenizer,
+        concepts: tuple[str, ...] = drawings.CONCEPTS,
+        typical: Tensor | None = None,
+    ) -> None:
         torch.manual_seed(plan.seed)
         self.plan, self.data = plan, data
         self.towers = Towers(plan, tokenizer.vocab_size)
@@ -106,10 +112,9 @@ class Trainer:
             fused=True,
         )
         self.generator = torch.Generator().manual_seed(plan.seed + 1)
-        self.rows = drawings.by_concept(data["train_labels"], len(captions.NAMES))
-        self.own = [captions.NAMES.index(concept) for concept in drawings.CONCEPTS]
+        self.rows = drawings.by_concept(data["train_labels"], len(concepts), typical, plan.typical)
         self.diffusion = Diffusion.cosine()
-        texts, self.places, self.weights = captions.caption_table(captions.NAMES)
+        texts, self.places, self.weights = captions.caption_table(concepts)
         encoded = [tokenizer.encode(text) for text in texts]
         self.lengths = torch.tensor([length for _, length in encoded])
         self.ids = torch.tensor([ids for ids, _ in encoded])[:, : int(self.lengths.max())]
@@ -120,30 +125,29 @@ class Trainer:
         return self.step * self.plan.batch
 
     def texts(self, choice: Tensor) -> Tensor:
-        """Embeddings of one caption for every name; choice (67,) says which of its captions."""
+        """Embeddings of one caption for every name; choice (C,) says which of its captions."""
         picked = self.places[torch.arange(len(self.places)), choice]
-        return self.towers.text(self.ids[picked], self.lengths[picked])  # (67, D)
+        return self.towers.text(self.ids[picked], self.lengths[picked])  # (C, D)
 
     def train_step(self) -> tuple[float, float]:
         """One update; returns the loss and the share of pictures whose own caption came first."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(self.seen)
         g, size = self.generator, self.plan.batch
-        labels = torch.randint(len(self.rows), (size,), generator=g)
-        own = torch.tensor(self.own)[torch.randint(len(self.own), (size,), generator=g)]
-        labels = torch.where(torch.rand(size, generator=g) < self.plan.own, own, labels)
-        places = (torch.rand(size, generator=g) * torch.tensor([len(r) for r in self.rows])[labels]).long()
-        rows = torch.stack([self.rows[c][p] for c, p in zip(labels.tolist(), places.tolist(), strict=True)])
-        x0 = drawings.augment(self.data["train"][rows], g)
+        choice = torch.multinomial(self.weights, 1, generator=g)[:, 0]
+        if torch.rand((), generator=g) < self.plan.one_style:
+            choice[:] = choice[0]
+        rows, labels = drawings.draw_rows(self.rows, size, g)
+        fields = drawings.augment(self.data["train"][rows], self.data["train_shapes"][rows], g)
+        x0 = styles.paint(fields, captions.paint_of(choice[labels]), g)
         highest = min(STEPS, 200 + int(0.8 * STEPS * self.seen / self.plan.easy))
         t = torch.randint(highest, (size,), generator=g)
         x_t = self.diffusion.noised(x0, t, torch.randn(x0.shape, generator=g))
         half = torch.rand(size, generator=g) < self.plan.half_range
         x_t = torch.where(half[:, None, None, None], x_t / 2 + 0.5, x_t)
-        choice = torch.multinomial(self.weights, 1, generator=g)[:, 0]
         with torch.autocast("cpu", torch.bfloat16, enabled=self.plan.bf16):
             texts, pictures = self.texts(choice), self.towers.image(x_t, t)
-        cosines = pictures @ texts.T  # (B, 67)
+        cosines = pictures @ texts.T  # (B, C)
         loss = F.cross_entropy(self.plan.scale * cosines, labels)
         loss = loss + self.plan.floor_weight * F.relu(self.plan.floor - cosines).square().mean()
         loss.backward()
@@ -156,23 +160,26 @@ class Trainer:
 
     @torch.no_grad()
     def probe(self, count: int = 600) -> dict[str, Any]:
-        """Held-out drawings of the cascade's concepts: top 1 among its concepts and among all names, by t."""
+        """Held-out drawings, the styles in turn: how often their own caption comes first of all concepts', by t."""
         g = torch.Generator().manual_seed(7)
-        test = torch.isin(self.data["test_labels"], torch.tensor(self.own)).nonzero()[:, 0]
-        test = test[torch.randperm(len(test), generator=g)[:count]]
+        test = torch.randperm(len(self.data["test_labels"]), generator=g)[:count]
         labels = self.data["test_labels"][test]
-        x0 = (1 - 2 * self.data["test"][test][:, None].float() / 255).expand(-1, 3, -1, -1)
+        fields = torch.stack([self.data["test"][test], self.data["test_shapes"][test]], 1).float().div(255)
+        which = torch.arange(len(test)) % len(styles.PAINTS)
+        x0 = styles.paint(fields, which, g)
         noise = torch.randn(x0.shape, generator=g)
-        texts = self.texts(torch.full((len(self.places),), captions.STYLES.index("a sketch of")))
+        words = [
+            next(i for i, s in enumerate(styles.STYLES.values()) if s is paint) for paint in styles.PAINTS
+        ]
+        texts = torch.stack([self.texts(torch.full((len(self.places),), word)) for word in words])
         result: dict[str, Any] = {}
         for t in PROBES:
             steps = torch.full((len(test),), t)
-            cosines = self.towers.image(self.diffusion.noised(x0, steps, noise), steps) @ texts.T
-            own = torch.tensor(self.own)[cosines[:, self.own].argmax(1)]
+            pictures = self.towers.image(self.diffusion.noised(x0, steps, noise), steps)
+            cosines = (texts[which] @ pictures[:, :, None])[..., 0]  # (N, C), captions in the picture's style
             mine = cosines[torch.arange(len(test)), labels]
             result[str(t)] = {
-                "of_own": round((own == labels).float().mean().item(), 3),
-                "of_all": round((cosines.argmax(1) == labels).float().mean().item(), 3),
+                "top1": round((cosines.argmax(1) == labels).float().mean().item(), 3),
                 "cosine": round(mine.mean().item(), 3),
                 "lowest": round(cosines.min().item(), 3),
             }
@@ -211,7 +218,7 @@ def main() -> None:
         "--pictures", type=int, default=None, help="length of the whole training, in pictures"
     )
     parser.add_argument("--lr", type=float, default=None)
-    parser.add_argument("--own", type=float, default=None, help="share of the cascade's own concepts")
+    parser.add_argument("--typical", type=float, default=None, help="share of the drawings, 1 = all")
     parser.add_argument(
         "--cooldown", type=int, default=None, help="pictures over which the learning rate falls"
     )
@@ -219,19 +226,19 @@ def main() -> None:
         "--init", default=None, help="a folder of exported towers to start from, the first time"
     )
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     run = Path(args.run)
     run.mkdir(parents=True, exist_ok=True)
-    checkpoint = run / "checkpoint.pt"
-    state = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
+    state = checkpoints.load(run)
     settings = {} if state is None else dict(state["plan"])
-    given = {name: getattr(args, name) for name in ("pictures", "lr", "own", "cooldown")}
+    given = {name: getattr(args, name) for name in ("pictures", "lr", "typical", "cooldown")}
     settings.update({name: value for name, value in given.items() if value is not None})
     plan = Plan(**settings)
-    data = drawings.load(args.data, captions.NAMES, args.cache, plan.limit)
-    trainer = Trainer(plan, data, CLIPTokenizer(args.merges))
+    data = drawings.load(args.data, drawings.CONCEPTS, args.cache)
+    typical = drawings.load_typical(args.cache) if plan.typical < 1 else None
+    trainer = Trainer(plan, data, CLIPTokenizer(args.merges), typical=typical)
     if state is not None:
         trainer.load(state)
     elif args.init is not None:
@@ -258,9 +265,9 @@ def main() -> None:
             print(json.dumps(line), flush=True)
             sums, steps, last_log = torch.zeros(2), 0, now
         if now - last_save > 60 * args.checkpoint_minutes:
-            save(trainer.state(), checkpoint)
+            checkpoints.save(trainer.state(), run)
             last_save = time.monotonic()
-    save(trainer.state(), checkpoint)
+    checkpoints.save(trainer.state(), run)
     line = {"pictures": trainer.seen, "held_out": trainer.probe()}
     log.write(json.dumps(line) + "\n")
     print(json.dumps(line), flush=True)

@@ -18,12 +18,22 @@ from mtl_anagram.models.t5 import T5Encoder
 from mtl_anagram.models.t5_config import T5Config
 from mtl_anagram.models.unet import UNet
 from mtl_anagram.models.unet_blocks import JointAttention, Resnet, TextContext
-from training import captions, drawings, growing
+from training import captions, checkpoints, drawings, growing, styles
 from training.diffusion import VLB_WEIGHT, Diffusion, sample, timestep_weights
 from training.growing import heads_for, pooled, pooled_noise
 
 TEXT_DROPOUT = 0.1  # share of pictures trained on the empty prompt, for guidance
 EMA_LIMIT = 0.9985
+GIVEN = (
+    "pictures",
+    "grow",
+    "text_until",
+    "cooldown",
+    "batches",
+    "seed",
+    "lr",
+    "typical",
+)  # settings of the command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +43,9 @@ class Plan:
     The first `grow[0]` pictures are seen at a quarter of the size by the inner levels alone, the next
     `grow[1]` at half of it, all others whole; `batches` are the three stretches' batch sizes. The learning
     rate rises over `warmup` pictures, stays, and falls linearly to 2% over the last `cooldown` pictures.
-    Until then attention looks at no more than `keys` of the pixels, drawn at random; afterwards at all.
+    Until then attention looks at no more than `keys` of the pixels, drawn at random; afterwards at all. The
+    text encoder learns for the first `text_until` pictures; then it stays, so that stage II can be trained on
+    its states while stage I goes on.
     """
 
     seed: int = 0
@@ -45,6 +57,7 @@ class Plan:
     grow: tuple[int, ...] = (24_000, 14_000)
     batches: tuple[int, ...] = (32, 32, 32)
     keys: int = 256
+    text_until: int = 80_000
     bf16: bool = True
     widths: tuple[int, ...] = (32, 32, 64, 128)
     layers: tuple[int, ...] = (1, 1, 2, 1)
@@ -53,6 +66,7 @@ class Plan:
     text_width: int = 128
     text_layers: int = 2
     text_vocabulary: int = 288
+    typical: float = 0.6  # of each concept's drawings, the share that is trained on, the most typical ones
 
     def rate(self, seen: int) -> float:
         """The learning rate after `seen` pictures."""
@@ -148,8 +162,14 @@ class Trainer:
     """The state of a training, one step at a time; all randomness comes from one generator."""
 
     def __init__(
-        self, plan: Plan, data: dict[str, Tensor], concepts: tuple[str, ...], ids: Tensor, mask: Tensor
-    ):
+        self,
+        plan: Plan,
+        data: dict[str, Tensor],
+        concepts: tuple[str, ...],
+        ids: Tensor,
+        mask: Tensor,
+        typical: Tensor | None = None,
+    ) -> None:
         torch.manual_seed(plan.seed)
         self.plan, self.data, self.concepts = plan, data, concepts
         self.texts, self.places, self.weights = captions.caption_table(concepts)
@@ -160,7 +180,7 @@ class Trainer:
             self.model.parameters(), lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True
         )
         self.generator = torch.Generator().manual_seed(plan.seed + 1)
-        self.rows = drawings.by_concept(data["train_labels"], len(concepts))
+        self.rows = drawings.by_concept(data["train_labels"], len(concepts), typical, plan.typical)
         self.diffusion = Diffusion.cosine()
         self.timesteps = timestep_weights()
         self.step, self.seen, self.seconds = 0, 0, 0.0
@@ -169,10 +189,10 @@ class Trainer:
         """Pictures (B, 3, 64, 64), their noise, timesteps (B,) and captions (B,), long into self.texts."""
         g = self.generator
         rows, concepts = drawings.draw_rows(self.rows, size, g)
-        x0 = drawings.augment(self.data["train"][rows], g)
-        # One caption for all of a batch's drawings of a concept: fewer texts to encode.
-        choice = torch.multinomial(self.weights, 1, generator=g)[:, 0]
-        texts = self.places[concepts, choice[concepts]]
+        fields = drawings.augment(self.data["train"][rows], self.data["train_shapes"][rows], g)
+        choice = torch.multinomial(self.weights[concepts], 1, generator=g)[:, 0]
+        x0 = styles.paint(fields, captions.paint_of(choice), g)
+        texts = self.places[concepts, choice]
         texts = torch.where(torch.rand(size, generator=g) < TEXT_DROPOUT, 0, texts)
         t = torch.multinomial(self.timesteps, size, replacement=True, generator=g)
         return x0, torch.randn(x0.shape, generator=g), t, texts
@@ -181,6 +201,8 @@ class Trainer:
         """One update; returns the noise's error, the bound and the gradient's norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(self.seen)
+        if self.seen >= self.plan.text_until:
+            self.freeze_text()
         depth, size = self.plan.stretch(self.seen)
         x0, noise, t, texts = self.batch(size)
         x_t = self.diffusion.noised(x0, t, noise)
@@ -208,6 +230,14 @@ class Trainer:
             torch._foreach_lerp_([self.ema[name] for name in names], list(parameters), 1 - decay)
         return simple.mean().item(), bound.mean().item(), norm.item()
 
+    def freeze_text(self) -> None:
+        """From now on the text encoder is its average, and stays."""
+        if not next(self.model.t5.parameters()).requires_grad:
+            return
+        with torch.no_grad():
+            for name, parameter in self.model.t5.named_parameters():
+                parameter.copy_(self.ema[f"t5.{name}"]).requires_grad_(False)
+
     def state(self) -> dict[str, Any]:
         """All that a later stretch needs to go on as if there had been no break."""
         return {
@@ -223,6 +253,11 @@ class Trainer:
         self.generator.set_state(state["generator"])
         self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
 
+    def begin_from(self, weights: dict[str, Tensor]) -> None:
+        """Start from another training's averaged weights."""
+        self.model.load_state_dict(weights)
+        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
     def samples(self, count: int, steps: int, guidance: float, seed: int) -> Tensor:
         """`count` pictures of every concept from the averaged weights, (C * count, 3, 64, 64)."""
         model = Model(self.plan)
@@ -234,8 +269,9 @@ class Trainer:
 def sample_concepts(
     model: Model, trainer: Trainer, count: int, steps: int, guidance: float, seed: int
 ) -> Tensor:
-    """Guided samples of "a sketch of ..." every concept; the text is encoded as the library does."""
-    wanted = [f"a sketch of {captions.with_article(c)}" for c in trainer.concepts]
+    """Guided samples of every concept, the styles in turn; the text is encoded as the library does."""
+    words = ["a sketch of", *(words for words, style in styles.STYLES.items() if style is not styles.sketch)]
+    wanted = [f"{words[i % len(words)]} {captions.with_article(c)}" for i, c in enumerate(trainer.concepts)]
     rows = torch.tensor([0, *[trainer.texts.index(text) for text in wanted]])
     context = model.unet.prepare(model.t5(trainer.ids[rows], trainer.mask[rows]))
     total = len(wanted) * count
@@ -250,13 +286,6 @@ def sample_concepts(
     return sample(
         predict, (total, 3, drawings.SIZE, drawings.SIZE), generator, steps=steps, guidance=guidance
     )
-
-
-def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint whole or not at all."""
-    scratch = path.with_suffix(".tmp")
-    torch.save(state, scratch)
-    scratch.replace(path)
 
 
 class Threads:
@@ -290,7 +319,7 @@ def main() -> None:
     parser.add_argument("--cache", default="runs/data", help="folder of the packed drawings")
     parser.add_argument("--tokenizer", default="weights/stage_1/tokenizer/spiece.model")
     parser.add_argument(
-        "--run", default="runs/stage1", help="folder of the checkpoint, log and sample sheets"
+        "--run", default="runs/stage_1", help="folder of the checkpoint, log and sample sheets"
     )
     parser.add_argument(
         "--minutes", type=float, default=9.0, help="stop after this long; the same command goes on"
@@ -304,6 +333,12 @@ def main() -> None:
     )
     parser.add_argument("--batches", type=int, nargs=3, default=None, help="batch sizes at 16, 32 and 64 px")
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument("--typical", type=float, default=None, help="share of the drawings, 1 = all")
+    parser.add_argument(
+        "--text-until", type=int, default=None, help="pictures that the text encoder learns on"
+    )
+    parser.add_argument("--init", default=None, help="an earlier training's weights to begin from (.pt)")
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
     parser.add_argument("--sheet-minutes", type=float, default=8.0)
     parser.add_argument("--threads", type=int, default=2, help="0 = one or two, as it goes faster")
@@ -312,23 +347,24 @@ def main() -> None:
     threads = None if args.threads else Threads()
     run = Path(args.run)
     run.mkdir(parents=True, exist_ok=True)
-    checkpoint = run / "checkpoint.pt"
-    state = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
+    state = checkpoints.load(run)
     settings = {} if state is None else {**state["plan"]}
-    given = {name: getattr(args, name) for name in ("pictures", "grow", "cooldown", "batches", "seed")}
+    given = {name: getattr(args, name) for name in GIVEN}
     settings.update({name: value for name, value in given.items() if value is not None})
     plan = Plan(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
     concepts = drawings.CONCEPTS if state is None else tuple(state["concepts"])
     data = drawings.load(args.data, concepts, args.cache)
     ids, mask = captions.encode(args.tokenizer, captions.caption_table(concepts)[0])
-    trainer = Trainer(plan, data, concepts, ids, mask)
+    typical = drawings.load_typical(args.cache) if plan.typical < 1 else None
+    trainer = Trainer(plan, data, concepts, ids, mask, typical)
     if state is not None:
         trainer.load(state)
+    elif args.init is not None:
+        trainer.begin_from(torch.load(args.init, weights_only=True)["ema"])
     log = (run / "log.jsonl").open("a", buffering=1)
     count = sum(p.numel() for p in trainer.model.parameters())
-    print(
-        json.dumps({"parameters": count, "resumed_at": trainer.step, **dataclasses.asdict(plan)}), flush=True
-    )
+    facts = {"parameters": count, "drawings": sum(map(len, trainer.rows)), "resumed_at": trainer.step}
+    print(json.dumps({**facts, **dataclasses.asdict(plan)}), flush=True)
 
     begin = last_save = last_log = time.monotonic()
     last_sheet, carried = begin, trainer.seconds
@@ -355,15 +391,15 @@ def main() -> None:
             print(json.dumps(line), flush=True)
             sums, steps, last_log, seen_before = torch.zeros(3), 0, now, trainer.seen
         if now - last_save > 60 * args.checkpoint_minutes:
-            save(trainer.state(), checkpoint)
+            checkpoints.save(trainer.state(), run)
             last_save = now
         if depth == 0 and now - last_sheet > 60 * args.sheet_minutes:
             pictures = trainer.samples(3, 15, 4.0, 0)
-            drawings.sheet(pictures, 12).save(run / f"sheet-{trainer.seen:07d}.png")
+            drawings.sheet(pictures, 3 * 6).save(run / f"sheet-{trainer.seen:07d}.png")
             last_sheet = time.monotonic()
-    save(trainer.state(), checkpoint)
+    checkpoints.save(trainer.state(), run)
     if plan.stretch(trainer.seen)[0] == 0:
-        drawings.sheet(trainer.samples(3, 20, 4.0, 0), 12).save(run / f"sheet-{trainer.seen:07d}.png")
+        drawings.sheet(trainer.samples(3, 20, 4.0, 0), 3 * 6).save(run / f"sheet-{trainer.seen:07d}.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The networks that predict, and their loaders; nothing here knows the sampler."""
 
 from .configs import UNetConfig
-from .loading import load_noise_clip, load_t5, load_tokenizer, load_unet
+from .judge import Judge
+from .loading import load_judge, load_noise_clip, load_t5, load_tokenizer, load_unet
 from .noise_clip import NoiseCLIP
 from .t5 import T5Encoder
 from .t5_config import T5Config
@@ -11,6 +12,7 @@ from .unet_blocks import TextContext
 
 __all__ = [
     "CLIPTokenizer",
+    "Judge",
     "NoiseCLIP",
     "T5Config",
     "T5Encoder",
@@ -18,6 +20,7 @@ __all__ = [
     "TextContext",
     "UNet",
     "UNetConfig",
+    "load_judge",
     "load_noise_clip",
     "load_t5",
     "load_tokenizer",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import resolve_device, resolve_dtype
-from ..errors import InputError, SourceError, WeightsError
+from ..errors import ConfigError, InputError, SourceError, WeightsError
 from .configs import UNetConfig
+from .judge import Judge
 from .noise_clip import NoiseCLIP, image_encoder_from, text_encoder_from
 from .sources import Files, Source, open_source, read_config, read_json, require
 from .t5 import T5Encoder
@@ -111,6 +112,30 @@ def load_noise_clip(
             )
         merges = found
     return NoiseCLIP(image, text, CLIPTokenizer(merges))
+
+
+def load_judge(
+    source: Source,
+    *,
+    subfolder: str | None = "judge",
+    dtype: torch.dtype | str | None = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Judge:
+    """A judge from a folder or hub id with judge.safetensors and judge.json (its names), in eval mode.
+
+    Raises SourceError where a file is missing, WeightsError or ConfigError where one does not fit.
+    """
+    device, dtype = resolve_device(device), resolve_dtype(dtype)
+    files = open_source(source, subfolder, "judge.json")
+
+    def names(config: dict[str, Any]) -> list[str]:
+        found = config.get("names")
+        if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
+            raise ConfigError(f"names={found!r} must be a list of names")
+        return found
+
+    known = read_config(require(files, "judge.json"), names)
+    return assemble(lambda: Judge(known), [require(files, "judge.safetensors")], dtype=dtype, device=device)
 
 
 def weight_files(files: Files, base: str, variant: str | None) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,14 +11,14 @@ import torch
 
 from mtl_anagram.models.tokenizers import CLIPTokenizer, T5Tokenizer
 from tests.helpers import relative
-from training import captions, drawings
+from training import captions, checkpoints, drawings, styles
 from training.diffusion import Diffusion
 from training.growing import attend, pooled_noise
-from training.train_stage1 import Plan, Trainer, chosen, save
+from training.train_stage1 import Plan, Trainer, chosen
 
 TINY = Plan(
     batches=(4, 4, 4), grow=(8, 8), pictures=40, warmup=8, cooldown=16, bf16=False, widths=(16, 16, 16, 32),
-    layers=(1, 1, 1, 1), head=16, groups=4, text_width=32, text_layers=1,
+    layers=(1, 1, 1, 1), head=16, groups=4, text_width=32, text_layers=1, text_until=24,
 )  # fmt: skip
 CONCEPTS = ("duck", "elephant")
 
@@ -32,6 +33,7 @@ def trainer(spiece: bytes) -> Trainer:
     generator = torch.Generator().manual_seed(3)
     data = {
         "train": torch.randint(0, 256, (10, 64, 64), generator=generator, dtype=torch.uint8),
+        "train_shapes": torch.randint(0, 256, (10, 64, 64), generator=generator, dtype=torch.uint8),
         "train_labels": torch.arange(10) % 2,
     }
     ids, mask = captions.encode(spiece, captions.caption_table(CONCEPTS)[0])
@@ -149,6 +151,10 @@ def test_captions_name_the_concept_last() -> None:
         assert all(texts[i].endswith(concept) for i in row)
         assert weight.sum().item() == pytest.approx(1)
     assert captions.with_article("headphones") == "headphones"
+    sketches = weights[0][captions.paint_of(torch.arange(weights.shape[1])) == 0].sum().item()
+    assert sketches == pytest.approx(captions.SKETCHES)
+    column = texts.index("a neon sign of a duck") - places[0][0]
+    assert styles.PAINTS[captions.paint_of(column)] is styles.neon
 
 
 def test_tokenizers_know_every_word(spiece: bytes, tmp_path) -> None:
@@ -158,10 +164,10 @@ def test_tokenizers_know_every_word(spiece: bytes, tmp_path) -> None:
     texts = [
         f"{style} {captions.with_article(name)}".strip()
         for name in captions.NAMES
-        for style in captions.STYLES
+        for style in (*styles.STYLES, *captions.LATER_STYLES)
     ]
     for text in texts:
-        assert len(tokenizer.encode(text)) == len(text.split()) + 1, text
+        assert len(tokenizer.encode(text)) == len(re.findall(r"\w+|\S", text)) + 1, text
     ids, mask = captions.encode(file, texts[:40])
     expected_ids, expected_mask = tokenizer(texts[:40])
     assert torch.equal(ids, expected_ids)
@@ -177,30 +183,86 @@ def test_tokenizers_know_every_word(spiece: bytes, tmp_path) -> None:
 
 def test_split_is_a_property_of_the_drawing() -> None:
     images = np.random.default_rng(0).integers(0, 256, (400, 28, 28), dtype=np.uint8)
-    out = drawings.held_out(images)
-    assert 20 < out.sum() < 60
-    assert (out == drawings.held_out(images[:, :, ::-1])).all()
-    assert (out[::-1] == drawings.held_out(images[::-1])).all()
+    out = drawings.places_of(images)
+    assert all(20 < (out == place).sum() < 60 for place in range(10))
+    assert (out == drawings.places_of(images[:, :, ::-1])).all()
+    assert (out[::-1] == drawings.places_of(images[::-1])).all()
 
 
-def test_augmented_drawings_are_pictures() -> None:
+def test_the_most_typical_drawings_are_kept() -> None:
+    labels = torch.tensor([0, 1, 0, 1, 0, 1])
+    rows = drawings.by_concept(labels, 2, torch.tensor([0.1, 0.9, 0.8, 0.2, 0.5, 0.3]), 0.5)
+    assert [sorted(r.tolist()) for r in rows] == [[2, 4], [1, 5]]
+    assert [len(r) for r in drawings.by_concept(labels, 2)] == [3, 3]
+
+
+def test_what_strokes_enclose_is_filled() -> None:
+    ring = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    ring[:, 10:50, 10:50] = 255
+    ring[:, 13:47, 13:47] = 0
+    ring[1, 28:31, 10:13] = 0  # a gap of 3 pixels is closed
+    ring[2, 24:36, 10:13] = 0  # one of 12 is not
+    inside = drawings.enclosed(ring).float().div(255)[:, 20:40, 20:40].mean((1, 2))
+    assert inside[:2].min() > 0.99
+    assert inside[2] < 0.01
+    assert (drawings.enclosed(ring) >= ring).all()
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_augmented_drawings_keep_their_ink(size: int) -> None:
     images = torch.zeros(8, 64, 64, dtype=torch.uint8)
     images[:, 20:40, 20:24] = 255
-    x = drawings.augment(images, torch.Generator().manual_seed(0))
-    assert x.shape == (8, 3, 64, 64)
-    assert -1 <= x.min() < -0.99
-    assert x.max() == 1
-    ink = (1 - x[:, 0]).flatten(1).sum(1) / 2
-    assert ((ink > 50) & (ink < 90)).all()  # 80 pixels, shrunk by at most 0.85 a side
+    fields = drawings.augment(images, images, torch.Generator().manual_seed(0), size)
+    assert fields.shape == (8, 2, size, size)
+    assert torch.equal(fields[:, 0], fields[:, 1])
+    assert 0 <= fields.min() < 0.01
+    assert 0.95 < fields.max() <= 1
+    ink = fields[:, 0].flatten(1).sum(1) * (64 / size) ** 2
+    assert ((ink > 48) & (ink < 92)).all()  # 80 pixels, shrunk by at most 0.85 a side
+
+
+@pytest.mark.parametrize("place", range(len(styles.PAINTS)))
+def test_a_style_is_the_same_picture_at_both_sizes(place: int) -> None:
+    """Up to its grain and its edges' sharpness: 256 px averaged down are near 64 px."""
+    ink = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    ink[:, 16:48, 16:20] = ink[:, 16:48, 44:48] = ink[:, 16:20, 16:48] = ink[:, 44:48, 16:48] = 255
+    shapes = drawings.enclosed(ink)
+    made = []
+    for size in (64, 256):
+        fields = drawings.augment(ink, shapes, torch.Generator().manual_seed(0), size)
+        which = torch.full((2,), place)
+        picture = styles.paint(fields, which, torch.Generator().manual_seed(1))
+        assert picture.shape == (2, 3, size, size)
+        assert -1 <= picture.min() < picture.max() <= 1
+        made.append(torch.nn.functional.avg_pool2d(picture, size // 64))
+    assert (made[0] - made[1]).abs().mean() < 0.06
+
+
+def test_checkpoints_are_whole_or_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoints, "PIECE", 1000)
+    assert checkpoints.load(tmp_path) is None
+    for value in (1.0, 2.0):
+        checkpoints.save({"numbers": torch.full((1000,), value), "step": 3}, tmp_path)
+    pieces = sorted(tmp_path.glob("checkpoint-*"))
+    assert all(p.name.startswith("checkpoint-1.") and p.stat().st_size <= 1000 for p in pieces)
+    assert len(pieces) > 4
+    state = checkpoints.load(tmp_path)
+    assert state is not None
+    assert state["step"] == 3
+    assert (state["numbers"] == 2).all()
+    pieces[1].write_bytes(pieces[1].read_bytes()[:-1])
+    with pytest.raises(SystemExit, match="bring all of"):
+        checkpoints.load(tmp_path)
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(trainer: Trainer, tmp_path) -> None:
     for _ in range(3):
         trainer.train_step()
-    save(trainer.state(), tmp_path / "checkpoint.pt")
+    checkpoints.save(trainer.state(), tmp_path)
     later = [trainer.train_step() for _ in range(4)]  # from 16 px over 32 px to 64 px
 
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state = checkpoints.load(tmp_path)
+    assert state is not None
     again = Trainer(TINY, trainer.data, CONCEPTS, trainer.ids, trainer.mask)
     again.load(state)
     assert [again.train_step() for _ in range(4)] == later
@@ -224,3 +286,15 @@ def test_every_stretch_moves_what_it_uses(trainer: Trainer) -> None:
     trainer.seen = 16
     trainer.train_step()
     assert not torch.equal(inner["unet.conv_out.weight"], snapshot()["unet.conv_out.weight"])
+
+
+def test_the_text_encoder_stays_at_last(trainer: Trainer) -> None:
+    trainer.train_step()
+    trainer.seen = 24
+    trainer.train_step()
+    kept = {name: p.detach().clone() for name, p in trainer.model.t5.named_parameters()}
+    for name, value in kept.items():
+        assert torch.allclose(value, trainer.ema[f"t5.{name}"], atol=1e-7), name
+    trainer.train_step()
+    for name, parameter in trainer.model.t5.named_parameters():
+        assert torch.equal(parameter, kept[name]), name

@@ -1,0 +1,46 @@
+"""The judge: a plain classifier of clean pictures, which says what a picture shows and steers nothing."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+WIDTHS = (32, 64, 128, 192)
+
+
+class Judge(nn.Module):
+    """Convolutions at 32, 16, 8 and 4 pixels, their mean, and one logit per name.
+
+    names: what it tells apart, in the order of its logits.
+    """
+
+    def __init__(self, names: list[str], widths: tuple[int, ...] = WIDTHS) -> None:
+        super().__init__()
+        self.names = list(names)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([_conv_norm(inner, outer), _conv_norm(outer, outer)])
+            for inner, outer in zip((3, *widths), widths, strict=False)
+        )
+        self.head = nn.Linear(widths[-1], len(names))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1], any size of at least 32 -> logits (B, K)."""
+        h = F.interpolate(pictures, size=(32, 32), mode="bilinear", antialias=True, align_corners=False)
+        for i, (first, second) in enumerate(self.blocks):
+            h = F.max_pool2d(h, 2) if i else h
+            h = F.gelu(second(F.gelu(first(h))))
+        return self.head(h.mean((2, 3)))
+
+    def index(self, names: list[str]) -> Tensor:
+        """Places of these names, (N,) long. Raises InputError for a name that the judge does not know."""
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise InputError(f"the judge does not know {unknown}: it tells apart {', '.join(self.names)}")
+        return torch.tensor([self.names.index(name) for name in names])
+
+
+def _conv_norm(inner: int, outer: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.GroupNorm(8, outer))

@@ -1,0 +1,62 @@
+"""Stage II's training: the network is the released kind, resumed as if never stopped, and it learns to sharpen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mtl_anagram.models.configs import UNetConfig
+from training import captions, checkpoints
+from training.train_stage2 import SIZE, Plan, Trainer, network
+
+TINY = Plan(
+    batch=4, crop=64, pictures=10_000, whole=0, warmup=8, cooldown=100, bf16=False, typical=1.0,
+    widths=(8, 8, 8, 16), head=8, groups=4, width=32,
+)  # fmt: skip
+CONCEPTS = ("duck", "elephant")
+
+
+@pytest.fixture
+def trainer(one_thread) -> Trainer:
+    ink = torch.zeros(4, 64, 64, dtype=torch.uint8)
+    ink[:, 12:52, 30:34] = ink[:, 30:34, 12:52] = 255
+    data = {"train": ink, "train_shapes": ink, "train_labels": torch.arange(4) % 2}
+    texts, _, _ = captions.caption_table(CONCEPTS)
+    states = torch.randn(len(texts), 77, 32, generator=torch.Generator().manual_seed(0))
+    return Trainer(TINY, data, CONCEPTS, states)
+
+
+def test_the_network_is_a_stage_2_of_the_family() -> None:
+    config = network(TINY).config
+    again = UNetConfig.from_dict(config.to_dict())
+    assert again == config
+    assert (config.in_channels, config.class_embed_type, config.sample_size) == (6, "timestep", SIZE)
+    assert config.resnet_skip_time_act
+
+
+def test_a_batch_is_a_square_of_picture_and_twin(trainer: Trainer) -> None:
+    x0, large, texts = trainer.batch(64, 4)
+    assert x0.shape == large.shape == (4, 3, 64, 64)
+    assert ((texts >= 0) & (texts < len(trainer.states))).all()
+    x0, large, _ = trainer.batch(SIZE, 2)
+    near = torch.nn.functional.avg_pool2d(x0, 8) - torch.nn.functional.avg_pool2d(large, 8)
+    assert near.abs().mean() < 0.02
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(trainer: Trainer, tmp_path) -> None:
+    trainer.train_step()
+    checkpoints.save(trainer.state(), tmp_path)
+    later = [trainer.train_step() for _ in range(2)]
+    state = checkpoints.load(tmp_path)
+    assert state is not None
+    again = Trainer(TINY, trainer.data, CONCEPTS, trainer.states)
+    again.load(state)
+    assert [again.train_step() for _ in range(2)] == later
+
+
+def test_it_learns(trainer: Trainer) -> None:
+    trainer.plan = dataclasses.replace(TINY, lr=3e-3)
+    losses = [trainer.train_step()[0] for _ in range(30)]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
