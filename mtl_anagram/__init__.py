@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cascade import Cascade
     from .errors import AnagramError, ConfigError, InputError, SourceError, WeightsError
+    from .evaluation import Protocol, evaluate
     from .generate import generate_anagram, repeat_anagram
     from .output import Anagram
     from .sampling import Recipe
@@ -18,10 +19,12 @@ __all__ = [
     "Cascade",
     "ConfigError",
     "InputError",
+    "Protocol",
     "Recipe",
     "SourceError",
     "View",
     "WeightsError",
+    "evaluate",
     "generate_anagram",
     "get_views",
     "repeat_anagram",
@@ -30,8 +33,10 @@ __all__ = [
 _HOMES = {
     "Anagram": "output",
     "Cascade": "cascade",
+    "Protocol": "evaluation",
     "Recipe": "sampling",
     "View": "views",
+    "evaluate": "evaluation",
     "generate_anagram": "generate",
     "get_views": "views",
     "repeat_anagram": "generate",

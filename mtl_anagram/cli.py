@@ -75,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--size", type=int, help="stage I's side in px (default: what it was trained at)")
     generate.add_argument("--stop-after", type=int, metavar="PX", help="64: stage I alone")
     generate.add_argument("--batch-size", type=int, default=4, help="seeds sampled at once (default: 4)")
+    generate.add_argument(
+        "--best-of",
+        type=int,
+        metavar="N",
+        help="sample N seeds from --seed on, keep the best by the model's CLIP",
+    )
     generate.add_argument("--overwrite", action="store_true", help="replace another request's pictures")
     _where(generate)
     generate.set_defaults(run=_generate)
@@ -84,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     repeat.add_argument("--overwrite", action="store_true", help="replace another request's pictures")
     _where(repeat)
     repeat.set_defaults(run=_repeat)
+
+    from . import cli_evaluate
+
+    cli_evaluate.add_parser(commands, _where)
     return parser
 
 
@@ -105,28 +115,38 @@ def _where(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    from .best_of import best_of
+    from .errors import InputError
     from .generate import generate_anagram
 
     seeds = parse_seeds(arguments.seed)
     view_args = _view_args(arguments.view_args)
+    if arguments.best_of is not None and len(seeds) > 1:
+        raise InputError(f"--best-of {arguments.best_of} takes one --seed, the first of its seeds")
     cascade = _cascade(arguments)
-    made = generate_anagram(
-        arguments.style,
-        arguments.prompts,
-        arguments.views,
-        arguments.out,
-        seed=seeds,
-        noise_level=arguments.noise_level,
-        view_args=view_args,
-        model=cascade,
-        recipe=_recipe(arguments, cascade),
-        concepts=arguments.concepts,
-        stop_after=arguments.stop_after,
-        size=arguments.size,
-        batch_size=arguments.batch_size,
-        overwrite=arguments.overwrite,
-        progress=not arguments.quiet,
-    )
+    request = (arguments.style, arguments.prompts, arguments.views, arguments.out)
+    options: dict[str, Any] = {
+        "noise_level": arguments.noise_level,
+        "view_args": view_args,
+        "model": cascade,
+        "recipe": _recipe(arguments, cascade),
+        "concepts": arguments.concepts,
+        "stop_after": arguments.stop_after,
+        "size": arguments.size,
+        "batch_size": arguments.batch_size,
+        "overwrite": arguments.overwrite,
+        "progress": not arguments.quiet,
+    }
+    if arguments.best_of is None:
+        made = generate_anagram(*request, seed=seeds, **options)
+    else:
+        best, candidates = best_of(arguments.best_of, *request, seed=seeds[0], **options)
+        for candidate in candidates:
+            print(
+                f"seed {candidate.anagram.seed:4d}  score {candidate.score:.3f}  alignment {candidate.alignment:.3f}"
+                f"  concealment {candidate.concealment:.3f}"
+            )
+        made = [best]
     if not cascade.has_stage_2:
         print(f"{cascade.name} has no stage II yet: stopped after stage I", file=sys.stderr)
     for anagram in made:

@@ -41,6 +41,18 @@ def encode_png(picture: Tensor) -> bytes:
     return buffer.getvalue()
 
 
+def decode_png(content: bytes) -> Tensor:
+    """The bytes of a picture file -> (3, H, W) float32 in [-1, 1]. Raises SourceError for anything else."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(io.BytesIO(content)).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise SourceError(f"{len(content)} bytes are no whole picture ({error}); make it again") from error
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).float() / 127.5 - 1
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all: a neighbour first, then renamed."""
     try:

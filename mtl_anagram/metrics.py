@@ -17,6 +17,7 @@ from .errors import InputError
 from .sampling.guidance import to_views
 
 CLIP_TEMPERATURE = 0.01  # of the published CLIPs: 1 / exp(ln 100)
+TEMPERATURE = 0.05  # of the embedded cascade's CLIP, which was trained at a scale of 20
 
 
 def score_matrix(
@@ -50,6 +51,15 @@ def concealment(scores: Tensor, temperature: float = CLIP_TEMPERATURE) -> Tensor
     scores = at_least_float32(_square(scores)) / number("temperature", temperature, above=True)
     both = scores.softmax(dim=1) + scores.softmax(dim=2)
     return both.diagonal(dim1=1, dim2=2).mean(dim=1) / 2
+
+
+def anagram_score(scores: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """How good an anagram is by the CLIP alone, (B,): what the best of N is chosen by.
+
+    scores (B, V, V) of `score_matrix`. Alignment, which asks that every reading be there, plus the
+    temperature times the log of concealment, which asks that each be in its own view alone.
+    """
+    return alignment(scores) + temperature * concealment(scores, temperature).clamp(min=1e-6).log()
 
 
 def quantile(values: Tensor, share: float = 0.9) -> Tensor:

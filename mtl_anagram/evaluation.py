@@ -1,0 +1,287 @@
+"""evaluate(): a protocol of pairs, views, seeds and recipes, sampled, measured and kept, cell by cell.
+
+A cell is one recipe under one view with one pair of prompts and all seeds. It is sampled in batches and written
+as one JSON file and one PNG, whole or not at all; a later call with the same protocol goes on with the cells
+that are not there. `report` turns the cells into one table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cascade import MAX_TOKENS, Cascade, combined_checksum
+from .checks import whole_number
+from .errors import InputError
+from .job import check_seeds, check_sizes
+from .media import encode_png, write_atomically
+from .metrics import TEMPERATURE, score_matrix
+from .models.judge import Judge
+from .models.sources import read_json
+from .output import check_folder
+from .prompts import concept_span, styled
+from .sampling import Recipe, sample_stage1, sample_stage2
+from .sampling.guidance import to_views
+from .views import View, get_views
+
+ABLATION: dict[str, Recipe] = {
+    "plain": Recipe.plain(),
+    "balancing": Recipe.plain(balancing=True),
+    "rectification": Recipe.plain(rectification=True),
+    "anti_segregation": Recipe.plain(anti_segregation=True),
+    "released": Recipe.released(),
+    "corrected": Recipe.corrected(),
+}
+SCORED_AT = 64  # px at which the CLIP looks at a picture
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is sampled: every pair under every view with every recipe and seed.
+
+    pairs: of names, one or more to an entry; the first is read upright, the others under `views`. views: per
+    entry the view of the second reading ("rotate_180"); a single name needs none. recipes by name. style:
+    words before every name. size: 64 = stage I alone, 256 = stage II too. article: "a duck" for "duck".
+    """
+
+    pairs: tuple[tuple[str, ...], ...]
+    views: tuple[str, ...] = ("flip", "rotate_180", "rotate_ccw")
+    recipes: Mapping[str, Recipe] = field(default_factory=lambda: dict(ABLATION))
+    seeds: tuple[int, ...] = tuple(range(10))
+    style: str = "a sketch of"
+    size: int = 64
+    noise_level: int = 50
+    temperature: float = TEMPERATURE
+
+    def __post_init__(self) -> None:
+        if not self.pairs or any(len(pair) not in (1, 2) for pair in self.pairs):
+            raise InputError(f"pairs={self.pairs!r} must be one or more tuples of one or two names")
+        if not self.views or not self.recipes:
+            raise InputError(
+                f"views={self.views!r} and recipes={list(self.recipes)!r} must name at least one"
+            )
+        for name, recipe in self.recipes.items():
+            if not isinstance(recipe, Recipe):
+                raise InputError(f"recipes[{name!r}] is {type(recipe).__name__}: give a Recipe")
+        check_seeds(self.seeds)
+        get_views(list(self.views))
+
+    def cells(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """(recipe, view, names) of every cell; a single name is read upright once."""
+        return [
+            (recipe, view, names)
+            for names in self.pairs
+            for view in (self.views if len(names) > 1 else ("identity",))
+            for recipe in self.recipes
+        ]
+
+
+def choose_pairs(
+    names: Sequence[str], count: int | None = None, seed: int = 0
+) -> tuple[tuple[str, str], ...]:
+    """All pairs of a list of names, or `count` of them by a fixed draw, each name about equally often."""
+    every = list(combinations(dict.fromkeys(names), 2))
+    if len(every) < 1:
+        raise InputError(f"names={list(names)!r} make no pair: give at least two different ones")
+    if count is None or count >= len(every):
+        return tuple(every)
+    whole_number("count", count, 1)
+    draw = random.Random(seed)
+    draw.shuffle(every)
+    uses = dict.fromkeys(names, 0)
+    chosen: list[tuple[str, str]] = []
+    while len(chosen) < count:
+        best = min(every, key=lambda pair: uses[pair[0]] + uses[pair[1]])  # the first of the least used
+        every.remove(best)
+        chosen.append(best if draw.random() < 0.5 else (best[1], best[0]))
+        for name in best:
+            uses[name] += 1
+    return tuple(chosen)
+
+
+@dataclass
+class _Parts:
+    """What sampling needs, computed once per text."""
+
+    cascade: Cascade
+    judge: Judge | None
+    texts: dict[str, Tensor] = field(default_factory=dict)
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.texts]
+        if missing:
+            text, null = self.cascade.encode(missing)
+            self.texts |= dict(zip(missing, text, strict=True))
+            self.texts[""] = null[0]
+        return torch.stack([self.texts[prompt] for prompt in prompts]), self.texts[""][None]
+
+
+def evaluate(
+    cascade: Cascade,
+    protocol: Protocol,
+    folder: str | Path,
+    *,
+    judge: Judge | None = None,
+    batch_size: int = 10,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Sample and measure every cell of a protocol that is not in the folder yet; returns the report.
+
+    Writes FOLDER/cells/*.json and *.png, one a cell, and FOLDER/report.json. judge: classifier that names
+    readings, None = no such columns. The cascade's noise-aware CLIP, at timestep 0, gives A and C.
+
+    Raises InputError before any sampling for names that the judge does not know, views or sizes that cannot
+    be, and a cascade without a CLIP.
+    """
+    out = check_folder(folder)
+    whole_number("batch_size", batch_size, 1)
+    if not cascade.has_noise_clip:
+        raise InputError(
+            f"the cascade {cascade.name} has no noise-aware CLIP to measure with: name noise_clip="
+        )
+    if judge is not None:
+        judge.index([name for names in protocol.pairs for name in names])
+    sizes = {}
+    for name, recipe in protocol.recipes.items():
+        views = get_views(["identity", *protocol.views])
+        sizes[name] = check_sizes(cascade, views, None, protocol.size, recipe)
+    parts = _Parts(cascade, judge)
+    weights = combined_checksum(cascade.checksums())
+    cells = protocol.cells()
+    from tqdm import tqdm
+
+    results = []
+    for recipe_name, view, names in tqdm(cells, unit="cell", disable=not progress, dynamic_ncols=True):
+        recipe = protocol.recipes[recipe_name]
+        request = {
+            "recipe": recipe.to_dict(), "view": view, "names": list(names), "style": protocol.style,
+            "seeds": list(protocol.seeds), "size": protocol.size, "noise_level": protocol.noise_level,
+            "weights_sha256": weights, "judge_sha256": _state_sum(judge),
+        }  # fmt: skip
+        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:12]
+        stem = "-".join([recipe_name, view, *names, digest]).replace(" ", "_").replace("/", "_")
+        path = out / "cells" / f"{stem}.json"
+        if not path.is_file():
+            content, pictures = _cell(parts, protocol, recipe, view, names, sizes[recipe_name], batch_size)
+            write_atomically(path.with_suffix(".png"), encode_png(_strip(pictures)))
+            content = {"recipe_name": recipe_name, "request": request, "samples": content}
+            write_atomically(path, (json.dumps(content) + "\n").encode())
+        results.append(read_json(path))
+    from .report import report
+
+    summary = report(results, protocol.temperature)
+    write_atomically(out / "report.json", (json.dumps(summary, indent=1) + "\n").encode())
+    return summary
+
+
+@torch.no_grad()
+def _cell(
+    parts: _Parts,
+    protocol: Protocol,
+    recipe: Recipe,
+    view: str,
+    names: tuple[str, ...],
+    sizes: list[int],
+    batch_size: int,
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Each seed's measurements, and the pictures (N, 3, S, S)."""
+    views = get_views(["identity", view][: len(names)])
+    prompts = [styled(protocol.style, with_article(name)) for name in names]
+    pictures = torch.cat([
+        sample(parts, prompts, names, views, recipe, list(protocol.seeds[i : i + batch_size]), sizes,
+               protocol.noise_level)
+        for i in range(0, len(protocol.seeds), batch_size)
+    ])  # fmt: skip
+    small = at_64(pictures)
+    clip = parts.cascade.noise_clip
+    scores = score_matrix(
+        small, views, lambda x: clip.embed_image(x.to(parts.cascade.device), 0), clip.embed_text(prompts)
+    )
+    samples: list[dict[str, Any]] = [
+        {"seed": seed, "scores": [[round(v, 5) for v in row] for row in matrix]}
+        for seed, matrix in zip(protocol.seeds, scores.tolist(), strict=True)
+    ]
+    if parts.judge is not None:
+        seen = to_views(pictures, views)  # (N, V, 3, S, S)
+        found = parts.judge(seen.flatten(0, 1)).softmax(1).unflatten(0, seen.shape[:2])  # (N, V, K)
+        places = parts.judge.index(list(names))
+        for entry, row in zip(samples, found, strict=True):
+            entry["named"] = [parts.judge.names[k] for k in row.argmax(1).tolist()]
+            entry["probability"] = [round(row[i, k].item(), 5) for i, k in enumerate(places.tolist())]
+    return samples, pictures
+
+
+def sample(
+    parts: _Parts,
+    prompts: Sequence[str],
+    names: Sequence[str | None],
+    views: list[View],
+    recipe: Recipe,
+    seeds: list[int],
+    sizes: list[int],
+    noise_level: int = 50,
+) -> Tensor:
+    """Pictures (B, 3, S, S) of the last size, one a seed, as `generate_anagram` makes them."""
+    cascade = parts.cascade
+    text, null = parts.encode(prompts)
+    several = len(views) > 1
+    spans = None
+    if recipe.anti_segregation and several:
+        spans = [
+            concept_span(cascade.tokenizer, prompt, name, position=None, max_length=MAX_TOKENS)
+            for prompt, name in zip(prompts, names, strict=True)
+        ]
+    score = cascade.noise_clip.scorer(prompts) if recipe.balancing and several else None
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    steps = recipe.num_inference_steps
+    for state in sample_stage1(
+        cascade.unet_1, text, null, views, score=score, spans=spans, generators=generators, recipe=recipe,
+        size=sizes[0], schedule=cascade.schedule(1, steps),
+    ):  # fmt: skip
+        x = state.x
+    if len(sizes) > 1:
+        for state in sample_stage2(
+            cascade.unet_2, x, text, null, views, score=score, generators=generators, recipe=recipe,
+            noise_level=noise_level, size=sizes[1], schedule=cascade.schedule(2, steps),
+        ):  # fmt: skip
+            x = state.x
+    return x.cpu()
+
+
+def at_64(pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, S, S) as the CLIP takes them, (B, 3, 64, 64)."""
+    if pictures.shape[-1] == SCORED_AT:
+        return pictures
+    return F.interpolate(
+        pictures, (SCORED_AT, SCORED_AT), mode="bilinear", antialias=True, align_corners=False
+    )
+
+
+def with_article(name: str) -> str:
+    """'duck' -> 'a duck', 'apple' -> 'an apple'; a name that begins with an article stays."""
+    if name.split(" ")[0] in ("a", "an", "the"):
+        return name
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _strip(pictures: Tensor) -> Tensor:
+    return torch.cat(list(pictures), dim=-1)
+
+
+def _state_sum(judge: Judge | None) -> str | None:
+    if judge is None:
+        return None
+    from safetensors.torch import save
+
+    state = {name: tensor.cpu().contiguous() for name, tensor in judge.state_dict().items()}
+    return hashlib.sha256(json.dumps(judge.names).encode() + save(state)).hexdigest()
