@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     cascade = _cascade(arguments)
     judge = _judge(arguments)
-    names = arguments.concepts or (judge.names if judge is not None else None)
-    if names is None and not arguments.pairs:
+    names: list[str] = arguments.concepts or (judge.names if judge is not None else [])
+    if not names and not arguments.pairs:
         raise InputError("no judge, so no list of names: give --concepts or --pairs")
     if arguments.pairs:
         pairs = tuple(tuple(pair.split("/")) for pair in arguments.pairs)

@@ -172,9 +172,9 @@ def evaluate(
         stem = "-".join([recipe_name, view, *names, digest]).replace(" ", "_").replace("/", "_")
         path = out / "cells" / f"{stem}.json"
         if not path.is_file():
-            content, pictures = _cell(parts, protocol, recipe, view, names, sizes[recipe_name], batch_size)
+            samples, pictures = _cell(parts, protocol, recipe, view, names, sizes[recipe_name], batch_size)
             write_atomically(path.with_suffix(".png"), encode_png(_strip(pictures)))
-            content = {"recipe_name": recipe_name, "request": request, "samples": content}
+            content = {"recipe_name": recipe_name, "request": request, "samples": samples}
             write_atomically(path, (json.dumps(content) + "\n").encode())
         results.append(read_json(path))
     from .report import report

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from training import packing
+
 # Concepts of the embedded cascade: drawings that people name at a glance, however roughly they are drawn.
 CONCEPTS = (
     "duck", "rabbit", "cat", "elephant", "penguin", "face", "house", "flower", "tree", "snowman",
@@ -94,51 +96,25 @@ def gaussian(sigma: float) -> Tensor:
     return weights / weights.sum()
 
 
-def load(
-    data: str | Path, concepts: tuple[str, ...], cache: str | Path, limit: int | None = None
-) -> dict[str, Tensor]:
-    """The drawings of `concepts` as 64 px rasters, from the cache file or, the first time, from `data`.
+def load(data: str | Path, concepts: tuple[str, ...], cache: str | Path) -> dict[str, Tensor]:
+    """The drawings of `concepts` at 64 px, from the cache file or, the first time, from `data`.
 
-    data: a folder with drawings_28.npz and, optionally, drawings_64.npz (images (N, s, s) uint8, labels (N,),
-    names). A concept found in the 64 px file is taken from there, any other from the 28 px one; at most
-    `limit` drawings of each, chosen by a fixed draw, if it is given. Returns for each split ("train",
-    "judge", "test"), here of "train": train (N, 64, 64) uint8, ink white; train_shapes (N, 64, 64) uint8, what
-    the strokes enclose; train_labels (N,) long, places in `concepts`.
+    data: a folder that `packing.read` reads. Returns for each split ("train", "judge", "test"), here of
+    "train": train (N, 64, 64) uint8, ink white; train_shapes (N, 64, 64) uint8, what the strokes enclose;
+    train_labels (N,) long, places in `concepts`.
     """
     cache = Path(cache)
-    key = hashlib.sha256(repr((CACHE_VERSION, concepts, limit)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((CACHE_VERSION, concepts)).encode()).hexdigest()[:12]
     file = cache / f"drawings-{key}.pt"
     if file.is_file():
         return torch.load(file, weights_only=True)
-    data = Path(data)
-    found: dict[str, np.ndarray] = {}
-    for name in ("drawings_28.npz", "drawings_64.npz"):  # the finer file overrides
-        if not (data / name).is_file():
-            if name == "drawings_28.npz":
-                raise SystemExit(
-                    f"{data / name} is missing: give the folder of the packed drawings with --data"
-                )
-            continue
-        with np.load(data / name) as packed:
-            names, labels, images = (
-                [str(n).lower() for n in packed["names"]],
-                packed["labels"],
-                packed["images"],
-            )
-        for concept in concepts:
-            if concept in names and (labels == names.index(concept)).sum() >= 500:
-                found[concept] = images[labels == names.index(concept)]
-    missing = [concept for concept in concepts if concept not in found]
-    if missing:
-        raise SystemExit(f"no drawings of {', '.join(missing)} in {data}")
+    found = packing.read(data, concepts)
     splits = dict.fromkeys(SPLITS)
     parts: dict[str, list[np.ndarray]] = {f"{s}{kind}": [] for s in splits for kind in ("", "_labels")}
     for label, concept in enumerate(concepts):
         raw = found[concept]
         ink = raw.mean(axis=(1, 2)) / 255
         raw = raw[(ink > INK_LIMITS[0]) & (ink < INK_LIMITS[1])]
-        if limit is not None:
-            raw = raw[np.random.default_rng(0).permutation(len(raw))[:limit]]
         split, smooth = np.array(SPLITS)[places_of(raw)], smooth_64(raw)
         for name in splits:
             parts[name].append(smooth[split == name])
@@ -231,7 +207,7 @@ def sheet(pictures: Tensor, columns: int) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pack the drawings and show some of each concept.")
-    parser.add_argument("--data", required=True, help="folder with drawings_28.npz and drawings_64.npz")
+    parser.add_argument("--data", required=True, help="folder of the drawings")
     parser.add_argument("--cache", default="runs/data", help="folder of the packed drawings")
     parser.add_argument("--sheet", default="runs/data/sheet.png", help="where the overview is written")
     parser.add_argument("--seed", type=int, default=0)

@@ -104,7 +104,7 @@ def curate(plan: Plan, data: dict[str, Tensor], names: tuple[str, ...]) -> Tenso
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder with drawings_28.npz and drawings_64.npz")
+    parser.add_argument("--data", required=True, help="folder of the drawings (see training/README.md)")
     parser.add_argument("--cache", default="runs/data", help="folder of the packed drawings")
     parser.add_argument("--out", default="weights/judge", help="the judge's folder")
     parser.add_argument("--pictures", type=int, default=Plan.pictures)

@@ -207,7 +207,7 @@ class Trainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="folder with drawings_28.npz and drawings_64.npz")
+    parser.add_argument("--data", required=True, help="folder of the drawings (see training/README.md)")
     parser.add_argument("--cache", default="runs/data", help="folder of the packed drawings")
     parser.add_argument("--merges", default="weights/noise_clip/merges.txt")
     parser.add_argument("--run", default="runs/noise_clip", help="folder of the checkpoint and log")

@@ -315,7 +315,7 @@ class Threads:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="folder with drawings_28.npz and drawings_64.npz")
+    parser.add_argument("--data", required=True, help="folder of the drawings (see training/README.md)")
     parser.add_argument("--cache", default="runs/data", help="folder of the packed drawings")
     parser.add_argument("--tokenizer", default="weights/stage_1/tokenizer/spiece.model")
     parser.add_argument(

@@ -23,7 +23,7 @@ from training.train_stage1 import EMA_LIMIT, TEXT_DROPOUT
 
 SIZE = 256
 OUT_SCALE = 1.4142271248762552  # the released stage II's, 1/0.7071
-GIVEN = ("pictures", "cooldown", "crop", "batch", "seed", "lr")  # settings of the command
+GIVEN = ("pictures", "cooldown", "whole", "crop", "batch", "seed", "lr")  # settings of the command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +223,7 @@ def caption_states(weights: Path, concepts: tuple[str, ...]) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="folder with drawings_28.npz and drawings_64.npz")
+    parser.add_argument("--data", required=True, help="folder of the drawings (see training/README.md)")
     parser.add_argument("--cache", default="runs/data", help="folder of the packed drawings")
     parser.add_argument("--weights", default="weights", help="the cascade, with its text encoder exported")
     parser.add_argument(
@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument(
         "--cooldown", type=int, default=None, help="pictures over which the learning rate falls"
     )
+    parser.add_argument("--whole", type=int, default=None, help="pictures that are seen entire, at last")
     parser.add_argument("--crop", type=int, default=None, help="side of the squares, a multiple of 64")
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--seed", type=int, default=None)

@@ -21,7 +21,7 @@ class Judge(nn.Module):
         super().__init__()
         self.names = list(names)
         self.blocks = nn.ModuleList(
-            nn.ModuleList([_conv_norm(inner, outer), _conv_norm(outer, outer)])
+            nn.Sequential(_conv_norm(inner, outer), nn.GELU(), _conv_norm(outer, outer), nn.GELU())
             for inner, outer in zip((3, *widths), widths, strict=False)
         )
         self.head = nn.Linear(widths[-1], len(names))
@@ -29,9 +29,8 @@ class Judge(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], any size of at least 32 -> logits (B, K)."""
         h = F.interpolate(pictures, size=(32, 32), mode="bilinear", antialias=True, align_corners=False)
-        for i, (first, second) in enumerate(self.blocks):
-            h = F.max_pool2d(h, 2) if i else h
-            h = F.gelu(second(F.gelu(first(h))))
+        for i, block in enumerate(self.blocks):
+            h = block(F.max_pool2d(h, 2) if i else h)
         return self.head(h.mean((2, 3)))
 
     def index(self, names: list[str]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from mtl_anagram.models.tokenizers import CLIPTokenizer, T5Tokenizer
 from tests.helpers import relative
-from training import captions, checkpoints, drawings, styles
+from training import captions, checkpoints, drawings, packing, styles
 from training.diffusion import Diffusion
 from training.growing import attend, pooled_noise
 from training.train_stage1 import Plan, Trainer, chosen
@@ -187,6 +187,31 @@ def test_split_is_a_property_of_the_drawing() -> None:
     assert all(20 < (out == place).sum() < 60 for place in range(10))
     assert (out == drawings.places_of(images[:, :, ::-1])).all()
     assert (out[::-1] == drawings.places_of(images[::-1])).all()
+
+
+def test_drawings_are_read_from_packs_and_bitmaps(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(packing, "MIN_COUNT", 3)
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (8, 28, 28), dtype=np.uint8)
+    fine = rng.integers(0, 256, (4, 64, 64), dtype=np.uint8)
+    np.savez(
+        tmp_path / "drawings_28.npz", images=coarse, labels=np.arange(8) // 4, names=["duck", "Elephant"]
+    )
+    np.savez(tmp_path / "drawings_64.npz", images=fine, labels=np.zeros(4, np.int16), names=["elephant"])
+    np.save(tmp_path / "cat.npy", coarse.reshape(8, 784))
+    np.save(tmp_path / "full_numpy_bitmap_house plant.npy", coarse.reshape(8, 784)[::-1])
+    found = packing.read(tmp_path, ("duck", "elephant", "cat", "house plant"))
+    assert (found["duck"] == coarse[:4]).all()
+    assert (found["elephant"] == fine).all()
+    assert (found["cat"] == coarse).all()
+    assert (found["house plant"] == coarse[::-1]).all()
+    with pytest.raises(SystemExit, match="no drawings of dog, sun"):
+        packing.read(tmp_path, ("duck", "dog", "sun"))
+
+    packing.pack(found, tmp_path / "small", 3)
+    small = packing.read(tmp_path / "small", tuple(found))
+    assert {name: len(images) for name, images in small.items()} == dict.fromkeys(found, 3)
+    assert all((small[name] == images[:3]).all() for name, images in found.items())
 
 
 def test_the_most_typical_drawings_are_kept() -> None:

@@ -1,0 +1,81 @@
+"""A sheet of anagrams: of every pair and view the best of its seeds by the cascade's own CLIP, the best first.
+
+    python examples/sheet.py docs/sheet.png --folder evaluation
+
+The judge has no say in the choice; a dot after a name says that it reads that name too.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from mtl_anagram import Cascade, Protocol, evaluate, get_views
+from mtl_anagram.evaluation import choose_pairs
+from mtl_anagram.media import decode_png, to_uint8
+from mtl_anagram.metrics import anagram_score
+from mtl_anagram.models import load_judge
+from mtl_anagram.models.sources import read_json
+
+SIDE, TEXT, GAP = 128, 16, 10  # px: of a picture, of its line of text, between anagrams
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sheet", help="the PNG to write")
+    parser.add_argument("--folder", default="evaluation", help="where samples are kept, and found again")
+    parser.add_argument("--model", help="default: the embedded cascade")
+    parser.add_argument("--pair-count", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--style", default="a sketch of")
+    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--columns", type=int, default=4)
+    args = parser.parse_args()
+
+    cascade = Cascade.from_pretrained(args.model)
+    judge = load_judge(args.model or Path(__file__).parents[1] / "weights")
+    protocol = Protocol(
+        pairs=choose_pairs(judge.names, args.pair_count), recipes={"own": cascade.recipe}, style=args.style,
+        seeds=tuple(range(args.seeds)),
+    )  # fmt: skip
+    evaluate(cascade, protocol, args.folder, judge=judge, progress=True)
+
+    found = []
+    for path in sorted((Path(args.folder) / "cells").glob("own-*.json")):
+        cell = read_json(path)
+        request = cell["request"]
+        if request["recipe"] != cascade.recipe.to_dict() or request["style"] != args.style:
+            continue
+        if tuple(request["names"]) not in protocol.pairs or request["view"] not in protocol.views:
+            continue
+        scores = anagram_score(torch.tensor([sample["scores"] for sample in cell["samples"]]))
+        best = int(scores.argmax())
+        found.append((scores[best].item(), path, cell, best))
+    found.sort(key=lambda entry: -entry[0])
+
+    wide, high = 2 * SIDE + GAP, SIDE + TEXT + GAP
+    lines = -(-min(args.count, len(found)) // args.columns)
+    sheet = Image.new("RGB", (args.columns * wide + GAP, lines * high + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (_, path, cell, best) in enumerate(found[: args.count]):
+        request, sample = cell["request"], cell["samples"][best]
+        strip = decode_png(path.with_suffix(".png").read_bytes())
+        picture = strip[:, :, best * strip.shape[1] : (best + 1) * strip.shape[1]]
+        left, top = GAP + i % args.columns * wide, GAP + i // args.columns * high
+        for v, view in enumerate(get_views(["identity", request["view"]])):
+            pixels = to_uint8(view.view(picture)).permute(1, 2, 0).contiguous()
+            tile = Image.frombytes("RGB", pixels.shape[1::-1], bytes(pixels.flatten().tolist()))
+            sheet.paste(tile.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left + v * SIDE, top))
+            name = request["names"][v]
+            read = " •" if sample["named"][v] == name else ""
+            draw.text((left + v * SIDE + 4, top + SIDE + 2), f"{name}{read}", fill="black")
+        draw.rectangle((left, top, left + 2 * SIDE - 1, top + SIDE - 1), outline="gray")
+        turn = request["view"].replace("rotate_", "")
+        draw.text((left + 2 * SIDE - 30, top + SIDE + 2), turn, fill="gray")
+    sheet.save(args.sheet, optimize=True)
+    print(f"{args.sheet}: {min(args.count, len(found))} anagrams of {len(found)} pairs and views")
+
+
+if __name__ == "__main__":
+    main()
