@@ -41,7 +41,11 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.bytes_in(self.dtype)
+
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """What the tensor would take up in another dtype."""
+        return math.prod(self.shape) * dtype.itemsize
 
 
 class Shards(Mapping[str, Entry]):
@@ -53,9 +57,12 @@ class Shards(Mapping[str, Entry]):
 
     def __init__(self, paths: Sequence[Path], *, aliases: Mapping[str, str] | None = None) -> None:
         self.origin = str(paths[0] if len(paths) == 1 else paths[0].parent)
+        self.metadata: dict[str, Any] = {}  # the files' own notes
         self._entries: dict[str, Entry] = {}
         for path in paths:
-            for name, entry in _entries(path).items():
+            entries, metadata = _parse(path)
+            self.metadata |= metadata
+            for name, entry in entries.items():
                 name = (aliases or {}).get(name, name)
                 there = self._entries.get(name)
                 if there is not None and not _same(there, entry):
@@ -128,8 +135,23 @@ def _fill(file: Any, path: Path, start: int, buffer: memoryview) -> None:
         raise SourceError(f"{path} cannot be read ({error}); download it again") from error
 
 
-def _entries(path: Path) -> dict[str, Entry]:
-    """A file's header as entries; SourceError for anything but a whole safetensors file."""
+def encode_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file; the package's own function asks for numpy in the versions before 0.8."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    parts, at = [], 0
+    for name, tensor in tensors.items():
+        parts.append(bytes(buffer_of(tensor.detach().cpu().contiguous())))
+        offsets = [at, at + len(parts[-1])]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        at = offsets[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+
+
+def _parse(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """A file's header as entries and metadata; SourceError for anything but a whole safetensors file."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -137,10 +159,9 @@ def _entries(path: Path) -> dict[str, Entry]:
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise ValueError(f"{size} bytes with a header of {length}")
             header = json.loads(file.read(length))
+        metadata = dict(header.pop("__metadata__", {}))
         found, end = {}, 8 + length
         for name, about in header.items():
-            if name == "__metadata__":
-                continue
             start, stop = (8 + length + int(offset) for offset in about["data_offsets"])
             if about["dtype"] not in DTYPES:
                 raise ValueError(f"the tensor {name} has the unknown dtype {about['dtype']!r}")
@@ -155,7 +176,7 @@ def _entries(path: Path) -> dict[str, Entry]:
             f"{path} is not a whole safetensors file ({type(error).__name__}: {error}); delete it and download "
             "it again"
         ) from error
-    return found
+    return found, metadata
 
 
 def _same(one: Entry, other: Entry) -> bool:
