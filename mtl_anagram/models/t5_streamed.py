@@ -20,9 +20,8 @@ from .shards import Shards, buffer_of, read_into
 from .t5 import T5Encoder
 from .t5_config import T5Config
 
-_CHUNK = (
-    1 << 21
-)  # weights that are cast at a time: 8 MB of float32 stay in the cache until they are multiplied
+# Weights that are cast at a time: their 8 MB of float32 stay in the cache until they are multiplied.
+_CHUNK = 1 << 21
 
 
 class StreamedT5Encoder(T5Encoder):
@@ -171,7 +170,7 @@ class _StreamedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, in) in this layer's dtype -> (B, L, out)."""
-        weight = self._stream.take(self._name)
+        weight = self._stream.take(self._name).to(x.device)  # there already, but on MPS
         if weight.dtype == x.dtype:
             out = F.linear(x, weight)
         else:
