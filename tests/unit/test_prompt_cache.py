@@ -18,6 +18,7 @@ from mtl_anagram.models import StreamedT5Encoder, T5Encoder
 from mtl_anagram.models.shards import Shards, encode_safetensors
 from mtl_anagram.prompt_cache import PromptCache
 from mtl_anagram.text import free_bytes, streams
+from tests.unit.tiny import sentencepiece_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ABOUT = {"weights": "abc", "stored": "torch.float32"}
@@ -151,7 +152,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_encoding(tmp_path, en
     assert asked == []
 
 
-def test_checksums_are_remembered_until_the_file_changes(tmp_path):
+def test_checksums_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
     cache, path, read = PromptCache(tmp_path / "cache"), tmp_path / "weights", []
 
     def compute(path):
@@ -162,21 +163,17 @@ def test_checksums_are_remembered_until_the_file_changes(tmp_path):
     for _ in range(2):  # so new that it could change again without a trace
         cache.checksum(path, compute)
     assert len(read) == 2
-    later = time.time_ns
-    try:
-        time.time_ns = lambda: later() + 10**10
-        first = [PromptCache(tmp_path / "cache").checksum(path, compute) for _ in range(3)]
-        assert len(read) == 3
-        assert set(first) == {hashlib.sha256(b"one").hexdigest()}
-        path.write_bytes(b"two")  # as long as before
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)
+    first = [PromptCache(tmp_path / "cache").checksum(path, compute) for _ in range(3)]
+    assert len(read) == 3
+    assert set(first) == {hashlib.sha256(b"one").hexdigest()}
+    path.write_bytes(b"two")  # as long as before
+    assert cache.checksum(path, compute) == hashlib.sha256(b"two").hexdigest()
+    (tmp_path / "cache" / "checksums.json").write_text("{")
+    for _ in range(2):  # read again for a damaged memory, and then remembered
         assert cache.checksum(path, compute) == hashlib.sha256(b"two").hexdigest()
-        (tmp_path / "cache" / "checksums.json").write_text("{")
-        assert cache.checksum(path, compute) == hashlib.sha256(b"two").hexdigest()
-        assert len(read) == 5
-        assert cache.checksum(path, compute) == hashlib.sha256(b"two").hexdigest()
-        assert len(read) == 5
-    finally:
-        time.time_ns = later
+    assert len(read) == 5
     with pytest.raises(FileNotFoundError):
         cache.checksum(tmp_path / "absent", compute)
 
@@ -226,8 +223,6 @@ def test_a_cascades_cache_depends_on_weights_tokenizer_and_dtype(cascade_folder,
         # Neither change is one that the reader notices: a space, and the pieces of another training.
         path.write_bytes(path.read_bytes() + (b" " if name.endswith("json") else b""))
         if name.endswith("model"):
-            from tests.unit.tiny import sentencepiece_model
-
             path.write_bytes(sentencepiece_model(["zebra"] * 9))
         for _ in range(2):
             cascade = Cascade.from_pretrained(own, device="cpu", prompt_cache=tmp_path / "c")
