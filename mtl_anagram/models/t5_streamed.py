@@ -93,14 +93,13 @@ class Stream:
         self._shards = shards
         self._cuda = device.type == "cuda"
         self._sums: list[tuple[str, Tensor]] = []
+        self._taken = len(self.names)  # nothing is handed out before running()
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """From the first matrix on; the buffers live as long as this."""
         size = max(self._shards[name].nbytes for name in self.names)
-        with torch.inference_mode(
-            False
-        ):  # the thread, which is in no such mode, must be able to write to them
+        with torch.inference_mode(False):  # the thread, which is not in that mode, must be able to write here
             self._host = [torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(2)]
             self._buffers = self._host
             if self._cuda:
@@ -110,15 +109,15 @@ class Stream:
                 self._copied = [torch.cuda.Event() for _ in range(2)]
                 self._used = [torch.cuda.Event() for _ in range(2)]
         self._taken, self._sums = 0, []
-        with ThreadPoolExecutor(1, "t5 weights") as self._thread:
-            self._next: Future[Tensor] = self._thread.submit(self._fetch, 0)
-            try:
+        try:
+            with ThreadPoolExecutor(1, "t5 weights") as self._thread:
+                self._next: Future[Tensor] = self._thread.submit(self._fetch, 0)
                 yield
-            finally:
-                self._next.cancel()
-        if self._cuda:
-            self._side.synchronize()
-        del self._host, self._buffers, self._next
+        finally:  # the thread has ended, whatever has happened
+            if self._cuda:
+                self._side.synchronize()
+            del self._host, self._buffers, self._next
+            self._taken = len(self.names)
 
     def take(self, name: str) -> Tensor:
         """The next matrix (out, in), which must be this one, in its file's dtype on the device."""
