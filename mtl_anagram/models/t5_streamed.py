@@ -69,8 +69,8 @@ class StreamedT5Encoder(T5Encoder):
         rows, index = ids.cpu().unique(return_inverse=True)
         table = self._shards.read_rows("shared.weight", rows).to(self.dtype).float()
         x = F.embedding(index, table).to(device)  # (B, L, D)
-        with self._lock, self._matrices.running():
-            self._matrices.note("shared.weight", x)
+        with self._lock, self._matrices.running(self.dtype):
+            self._matrices.note(x)
             states = self.encoder(x, None if mask is None else mask.to(device))
             damaged = self._matrices.first_not_finite()
         if damaged is not None:
@@ -92,12 +92,11 @@ class Stream:
         self.names, self.device = list(names), device
         self._shards = shards
         self._cuda = device.type == "cuda"
-        self._sums: list[tuple[str, Tensor]] = []
         self._taken = len(self.names)  # nothing is handed out before running()
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """From the first matrix on; the buffers live as long as this."""
+    def running(self, dtype: torch.dtype) -> Iterator[None]:
+        """From the first matrix on; the buffers live as long as this. dtype: what matrices will be cast to."""
         size = max(self._shards[name].nbytes for name in self.names)
         with torch.inference_mode(False):  # the thread, which is not in that mode, must be able to write here
             self._host = [torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(2)]
@@ -108,7 +107,11 @@ class Stream:
                 self._side.wait_stream(torch.cuda.current_stream(self.device))
                 self._copied = [torch.cuda.Event() for _ in range(2)]
                 self._used = [torch.cuda.Event() for _ in range(2)]
-        self._taken, self._sums = 0, []
+            # Made once, not at each use: among large tensors that come and go, small ones that stay would keep
+            # the C library from using freed memory again, and T5-XXL's calls then grow by a gigabyte.
+            self._pieces = {dtype: self._piece(dtype) for dtype in (torch.float32, dtype)}
+            self._sums = torch.zeros(1 + len(self.names), device=self.device)
+        self._taken = 0
         try:
             with ThreadPoolExecutor(1, "t5 weights") as self._thread:
                 self._next: Future[Tensor] = self._thread.submit(self._fetch, 0)
@@ -116,7 +119,7 @@ class Stream:
         finally:  # the thread has ended, whatever has happened
             if self._cuda:
                 self._side.synchronize()
-            del self._host, self._buffers, self._next
+            del self._host, self._buffers, self._pieces, self._sums, self._next
             self._taken = len(self.names)
 
     def take(self, name: str) -> Tensor:
@@ -136,14 +139,28 @@ class Stream:
             self._next = self._thread.submit(self._fetch, self._taken)
         return matrix
 
-    def note(self, name: str, states: Tensor) -> None:
-        """Remember whether what a matrix made is finite: its sum then is. Looked at in the end, not to wait now."""
-        self._sums.append((name, states.sum(dtype=torch.float32)))
+    def cast(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of a matrix in another dtype, in memory that the next cast writes over."""
+        # By way of float32: the direct cast between the two half precisions is slower than both steps.
+        for step in dict.fromkeys((torch.float32, dtype)):
+            rows = self._pieces[step][: rows.numel()].view(rows.shape).copy_(rows)
+        return rows
+
+    def note(self, states: Tensor) -> None:
+        """Remember whether the last matrix's states are finite: their sum then is. Looked at in the end only."""
+        self._sums[self._taken] = states.sum(dtype=torch.float32)
 
     def first_not_finite(self) -> str | None:
-        """The first noted name whose states were not finite."""
-        finite = torch.stack([total for _, total in self._sums]).isfinite().tolist()
-        return next((name for (name, _), fine in zip(self._sums, finite, strict=True) if not fine), None)
+        """The first matrix whose states were not finite; before all matrices, the embedding."""
+        finite = self._sums.isfinite().tolist()
+        return next(
+            (name for name, fine in zip(["shared.weight", *self.names], finite, strict=True) if not fine),
+            None,
+        )
+
+    def _piece(self, dtype: torch.dtype) -> Tensor:
+        widest = max(self._shards[name].shape[1] for name in self.names)
+        return torch.empty(max(_CHUNK, widest), dtype=dtype, device=self.device)
 
     def _fetch(self, index: int) -> Tensor:
         """In the thread: matrix `index` into its buffer, in bytes, then seen as what it is."""
@@ -173,12 +190,11 @@ class _StreamedLinear(nn.Linear):
         if weight.dtype == x.dtype:
             out = F.linear(x, weight)
         else:
-            # Cast and multiplied some rows at a time: the cast matrix is never in memory as a whole. By way of
-            # float32, since the direct cast between the two half precisions is slower than both steps.
+            # Some rows at a time: the cast matrix is never in memory as a whole.
             out = x.new_empty(*x.shape[:-1], self.out_features)
             rows = max(1, _CHUNK // self.in_features)
             for start in range(0, self.out_features, rows):
-                chunk = weight[start : start + rows].float().to(x.dtype)
-                out[..., start : start + rows] = F.linear(x, chunk)
-        self._stream.note(self._name, out)
+                piece = self._stream.cast(weight[start : start + rows], x.dtype)
+                out[..., start : start + rows] = F.linear(x, piece)
+        self._stream.note(out)
         return out
