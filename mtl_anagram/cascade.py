@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import choice
 from .devices import resolve_device, resolve_dtype
 from .errors import ConfigError, InputError, SourceError
 from .models import load_noise_clip, load_t5, load_tokenizer, load_unet
@@ -21,7 +22,9 @@ from .models.sources import Folder, Source, open_source, read_config, read_json
 from .models.t5 import T5Encoder
 from .models.tokenizers import T5Tokenizer
 from .models.unet import UNet
+from .prompt_cache import PromptCache
 from .sampling import Recipe, Schedule
+from .text import MODES, streams, text_files
 
 MAX_TOKENS = 77
 
@@ -40,6 +43,10 @@ def embedded_folder() -> Path:
 class Cascade:
     """The models of one cascade. Nothing is read before it is needed; `release()` gives the memory back.
 
+    text_encoder: "whole" loads T5, "streamed" runs it from its files with half a gigabyte of memory, "auto" takes
+    the second where the first does not fit what is free. prompt_cache: a folder (or a PromptCache) where
+    prompts' states are kept, so that the text encoder is loaded for new prompts only; None = no cache.
+
     Attributes: device, dtype (of the networks), recipe (what the cascade's makers recommend), name, and
     has_stage_2 and has_noise_clip, which say what the cascade holds.
     """
@@ -55,7 +62,13 @@ class Cascade:
         variant: str | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        text_encoder: str = "auto",
+        prompt_cache: PromptCache | str | Path | None = None,
     ) -> None:
+        self._text_mode = choice("text_encoder", text_encoder, MODES)
+        if prompt_cache is not None and not isinstance(prompt_cache, PromptCache):
+            prompt_cache = PromptCache(prompt_cache)
+        self.prompt_cache = prompt_cache
         self.device = resolve_device(device)
         # Half precision is what the released weights were published for; CPUs are faster in float32.
         default = torch.float16 if self.device.type == "cuda" else torch.float32
@@ -76,20 +89,24 @@ class Cascade:
         variant: str | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        text_encoder: str = "auto",
+        prompt_cache: PromptCache | str | Path | None = None,
     ) -> Cascade:
         """A cascade from a folder or a hub id; None = the embedded one.
 
         A folder holds either `stage_1/` (and `stage_2/`, `noise_clip/`, `cascade.json`), as the embedded
         cascade's does, or one release of stage I (`unet/`, `text_encoder/`, `tokenizer/`), as a hub id does;
         `stage_2` and `noise_clip` then name the other parts' folders or ids. device None = the best there is;
-        dtype None = float16 on CUDA, else float32. Lazy: only small JSON files are read here.
+        dtype None = float16 on CUDA, else float32. text_encoder and prompt_cache: as the class says. Lazy: only
+        small JSON files are read here.
         """
-        places = {"variant": variant, "device": device, "dtype": dtype}
+        places: dict[str, Any] = {"variant": variant, "device": device, "dtype": dtype}
+        places |= {"text_encoder": text_encoder, "prompt_cache": prompt_cache}
         if source is None:
             source = embedded_folder()
         files = open_source(source, None, "cascade.json")
         if not isinstance(files, Folder):
-            return cls(source, stage_2=stage_2, noise_clip=noise_clip, **places)  # type: ignore[arg-type]
+            return cls(source, stage_2=stage_2, noise_clip=noise_clip, **places)
         folder = files.path
         about = read_json(folder / "cascade.json") if (folder / "cascade.json").is_file() else {}
         if not (folder / "stage_1").is_dir():
@@ -98,7 +115,7 @@ class Cascade:
                     f"{folder} is no cascade: it has neither stage_1/ nor unet/ ({files.listing()}); give the "
                     "folder of a release"
                 )
-            return cls(folder, stage_2=stage_2, noise_clip=noise_clip, **places)  # type: ignore[arg-type]
+            return cls(folder, stage_2=stage_2, noise_clip=noise_clip, **places)
         name = about.get("name", folder.name)
         if not isinstance(name, str):
             raise ConfigError(f"{folder / 'cascade.json'}: name={name!r} must be a string; change it back")
@@ -114,7 +131,7 @@ class Cascade:
             noise_clip=inner["noise_clip"] if noise_clip is None else noise_clip,
             name=name,
             recipe=recipe,
-            **places,  # type: ignore[arg-type]
+            **places,
         )
 
     @property
@@ -131,19 +148,10 @@ class Cascade:
 
     @property
     def text_encoder(self) -> T5Encoder:
-        # T5's feed-forward overflows in float16; the published fp16 variant keeps that part in float32,
-        # other files are read as bfloat16 instead.
-        keep = self.variant is not None
-        dtype = torch.bfloat16 if self.dtype == torch.float16 else self.dtype
-        return self._once(
-            "text_encoder",
-            lambda: load_t5(
-                self._source("stage_1"),
-                variant=self.variant,
-                dtype=None if keep else dtype,
-                device=self.device,
-            ),
-        )
+        options: dict[str, Any] = {"variant": self.variant, "dtype": self._text_dtype, "device": self.device}
+        if self._streams_text():
+            options["streamed"] = True
+        return self._once("text_encoder", lambda: load_t5(self._source("stage_1"), **options))
 
     @property
     def unet_1(self) -> UNet:
@@ -174,8 +182,11 @@ class Cascade:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> (text (V, 77, D), null (1, 77, D)) on the cascade's device, in its dtype."""
-        ids, mask = self.tokenizer([*prompts, ""], max_length=MAX_TOKENS)
-        states = self.text_encoder(ids.to(self.device), mask.to(self.device)).to(self.dtype)
+        texts = [*prompts, ""]
+        if self.prompt_cache is None:
+            states = self._states(texts)
+        else:
+            states = self.prompt_cache.states(texts, self._text_identity(), self._states).to(self.device)
         return states[:-1], states[-1:]
 
     def release(self, *names: str) -> None:
@@ -202,6 +213,49 @@ class Cascade:
         if isinstance(files, Folder) and not (files.path / subfolder).is_dir():
             return files.get(name)
         return open_source(self._source(part), subfolder, name).get(name)
+
+    @property
+    def _text_dtype(self) -> torch.dtype | None:
+        """What T5's weights are read as, None = as they are stored."""
+        # T5's feed-forward overflows in float16; the published fp16 variant keeps that part in float32,
+        # other files are read as bfloat16 instead.
+        if self.variant is not None:
+            return None
+        return torch.bfloat16 if self.dtype == torch.float16 else self.dtype
+
+    def _streams_text(self) -> bool:
+        return self._once(
+            "streams_text",
+            lambda: streams(
+                self._text_mode,
+                self._source("stage_1"),
+                variant=self.variant,
+                dtype=self._text_dtype,
+                device=self.device,
+            ),
+        )
+
+    def _states(self, texts: list[str]) -> Tensor:
+        """Texts -> (V, 77, D) on the cascade's device, in its dtype, by T5."""
+        ids, mask = self.tokenizer(texts, max_length=MAX_TOKENS)
+        return self.text_encoder(ids.to(self.device), mask.to(self.device)).to(self.dtype)
+
+    def _text_identity(self) -> dict[str, str]:
+        """What states depend on besides their text: files, lengths, and how they are computed and kept."""
+        files = text_files(self._source("stage_1"), self.variant)
+        checksums = {name: self._checksum(path) for name, path in files.items()}
+        computed = f"{self._text_dtype}, {'streamed' if self._streams_text() else 'whole'}"
+        if self._text_dtype is not None:
+            computed = str(self._text_dtype)  # the same numbers either way
+        return {
+            "weights": combined_checksum(checksums),
+            "computed": computed,
+            "stored": str(self.dtype),
+            "tokens": str(MAX_TOKENS),
+        }
+
+    def _checksum(self, path: Path) -> str:
+        return _sha256(path) if self.prompt_cache is None else self.prompt_cache.checksum(path, _sha256)
 
     def _unet(self, part: str) -> UNet:
         return load_unet(self._source(part), variant=self.variant, dtype=self.dtype, device=self.device)
@@ -239,7 +293,7 @@ class Cascade:
                 path = next((p for p in map(files.get, names) if p is not None), None)
                 if path is not None:
                     found[f"noise_clip/{path.name}"] = path
-        return {name: _sha256(path) for name, path in sorted(found.items())}
+        return {name: self._checksum(path) for name, path in sorted(found.items())}
 
 
 def combined_checksum(checksums: dict[str, str]) -> str:

@@ -111,6 +111,17 @@ def _where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", help="float32, float16 or bfloat16 (default: float16 on CUDA, else float32)"
     )
+    parser.add_argument(
+        "--text-encoder",
+        default="auto",
+        choices=("auto", "whole", "streamed"),
+        help="load T5, or run it from its files with little memory (default: the first, where it fits)",
+    )
+    parser.add_argument(
+        "--prompt-cache",
+        metavar="FOLDER",
+        help="keep prompts' states there: T5 then runs for new prompts only",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the files' names")
 
 
@@ -184,6 +195,8 @@ def _cascade(arguments: argparse.Namespace) -> Any:
         variant=arguments.variant,
         device=arguments.device,
         dtype=arguments.dtype,
+        text_encoder=arguments.text_encoder,
+        prompt_cache=arguments.prompt_cache,
     )
 
 

@@ -6,6 +6,7 @@ from .loading import load_judge, load_noise_clip, load_t5, load_tokenizer, load_
 from .noise_clip import NoiseCLIP
 from .t5 import T5Encoder
 from .t5_config import T5Config
+from .t5_streamed import StreamedT5Encoder
 from .tokenizers import CLIPTokenizer, T5Tokenizer
 from .unet import UNet
 from .unet_blocks import TextContext
@@ -14,6 +15,7 @@ __all__ = [
     "CLIPTokenizer",
     "Judge",
     "NoiseCLIP",
+    "StreamedT5Encoder",
     "T5Config",
     "T5Encoder",
     "T5Tokenizer",

@@ -9,19 +9,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import flag
 from ..devices import resolve_device, resolve_dtype
 from ..errors import ConfigError, InputError, SourceError, WeightsError
 from .configs import UNetConfig
 from .judge import Judge
 from .noise_clip import NoiseCLIP, image_encoder_from, text_encoder_from
+from .shards import Shards
 from .sources import Files, Source, open_source, read_config, read_json, require
 from .t5 import T5Encoder
 from .t5_config import T5Config
+from .t5_streamed import StreamedT5Encoder
 from .tokenizers import CLIPTokenizer, T5Tokenizer
 from .unet import UNet
 
 M = TypeVar("M", bound=nn.Module)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+T5_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
 MERGES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt")
 
 
@@ -53,23 +57,29 @@ def load_t5(
     variant: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
+    streamed: bool = False,
 ) -> T5Encoder:
     """A T5 v1.1 encoder, in eval mode, its parameters without gradients; arguments as `load_unet`'s.
 
     dtype None keeps every tensor's own: the published fp16 variant stores the feed-forward's output weights
     in float32, because their products overflow in half precision. The files hold one copy of the
     embedding, as `shared.weight` or as its alias `encoder.embed_tokens.weight`; either will do.
+
+    streamed: leave the matrices in the files and read each when a call needs it (`StreamedT5Encoder`), for a
+    machine that cannot hold the whole; dtype None is then float32 on the CPU and bfloat16 elsewhere.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
+    streamed = flag("streamed", streamed)
     files = open_source(source, subfolder, "config.json")
     config = read_config(require(files, "config.json"), T5Config.from_dict)
-    return assemble(
-        lambda: T5Encoder(config),
-        weight_files(files, "model", variant),
-        dtype=dtype,
-        device=device,
-        aliases={"encoder.embed_tokens.weight": "shared.weight"},
-    )
+    paths = weight_files(files, "model", variant)
+    if streamed:
+        with torch.device("meta"):
+            expected = T5Encoder(config)
+        shards = Shards(paths, aliases=T5_ALIASES)
+        check_fit(expected, shards, shards.origin)
+        return StreamedT5Encoder(config, shards, dtype=dtype, device=device)
+    return assemble(lambda: T5Encoder(config), paths, dtype=dtype, device=device, aliases=T5_ALIASES)
 
 
 def load_tokenizer(source: Source, *, subfolder: str | None = "tokenizer") -> T5Tokenizer:
@@ -214,6 +224,26 @@ def _fill(
     device: torch.device,
     one_dtype: bool = False,
 ) -> M:
+    check_fit(module, state, origin)
+    if dtype is None and one_dtype:
+        dtype = next(iter(state.values())).dtype
+        for tensor in state.values():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    placed = {}
+    for name, tensor in state.items():
+        cast = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        if not torch.isfinite(cast).all():
+            reason = "it is damaged: download it again"
+            if torch.isfinite(tensor).all():
+                reason = f"its values overflow {cast.dtype}: load in float32 or bfloat16"
+            raise WeightsError(f"{origin}: {name} is not finite; {reason}")
+        placed[name] = cast
+    module.load_state_dict(placed, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Any], origin: str) -> None:
+    """WeightsError unless a state (tensors, or entries of files) has exactly the module's names and shapes."""
     expected = module.state_dict()
     problems = [
         *_listed("missing", [name for name in expected if name not in state]),
@@ -233,21 +263,6 @@ def _fill(
             f"{origin} does not fit {type(module).__name__} as its config describes it: {'; '.join(problems)}. "
             "Take config and weights from the same release"
         )
-    if dtype is None and one_dtype:
-        dtype = next(iter(state.values())).dtype
-        for tensor in state.values():
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    placed = {}
-    for name, tensor in state.items():
-        cast = tensor.to(device=device, dtype=dtype or tensor.dtype)
-        if not torch.isfinite(cast).all():
-            reason = "it is damaged: download it again"
-            if torch.isfinite(tensor).all():
-                reason = f"its values overflow {cast.dtype}: load in float32 or bfloat16"
-            raise WeightsError(f"{origin}: {name} is not finite; {reason}")
-        placed[name] = cast
-    module.load_state_dict(placed, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
 
 
 def _listed(kind: str, names: list[str]) -> list[str]:

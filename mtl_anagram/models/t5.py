@@ -28,7 +28,7 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = _embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config)
 
     @property
@@ -140,9 +140,7 @@ class SelfAttention(nn.Module):
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
         if first:
-            self.relative_attention_bias = nn.Embedding(
-                config.relative_attention_num_buckets, config.num_heads
-            )
+            self.relative_attention_bias = _embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (B, L, D), bias (1 or B, N, L, L) in the query weights' dtype -> (B, L, D)."""
@@ -216,6 +214,12 @@ def position_buckets(length: int, buckets: int, max_distance: int) -> Tensor:
     ratio = torch.log(distances.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
     return torch.where(distances < exact, distances, far) + half * (offsets > 0)
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """nn.Embedding, but quick on the meta device, where its random start imports 800 modules (0.8 s, 70 MB)."""
+    table = torch.empty(rows, width)
+    return nn.Embedding(rows, width, _weight=table if table.is_meta else nn.init.normal_(table))
 
 
 def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
