@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 
@@ -27,7 +28,8 @@ def add_parser(commands: Any, where: Any) -> None:
         "--views", nargs="+", default=["flip", "rotate_180", "rotate_ccw"], help="of the second reading"
     )
     parser.add_argument("--recipes", nargs="+", metavar="RECIPE", help="of: own plain balancing rectification "
-                        "anti_segregation released corrected (default: all; with --singles: plain)")  # fmt: skip
+                        "anti_segregation released corrected, or a recipe's JSON file (default: all; with --singles: "
+                        "plain)")  # fmt: skip
     parser.add_argument("--seed", nargs="+", default=["0-9"], metavar="N", help="default: 0-9")
     parser.add_argument("--style", default="a sketch of", help='default: "a sketch of"')
     parser.add_argument("--steps", type=int, help="denoising steps of every recipe (default: the model's)")
@@ -46,7 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     from .errors import InputError
     from .evaluation import ABLATION, Protocol, choose_pairs, evaluate
     from .metrics import TEMPERATURE
+    from .models.sources import read_config
     from .report import as_table
+    from .sampling import Recipe
 
     cascade = _cascade(arguments)
     judge = _judge(arguments)
@@ -62,6 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     own = cascade.recipe
     known = {"own": own, **ABLATION}
     wanted = arguments.recipes or (["plain"] if arguments.singles else list(known))
+    for name in wanted:
+        if name.endswith(".json"):
+            known[name] = read_config(Path(name), Recipe.from_dict)
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise InputError(f"--recipes {' '.join(unknown)}: unknown; there are {', '.join(known)}")
@@ -71,7 +78,12 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.guidance_scale is None
         else arguments.guidance_scale,
     }
-    recipes = {name: dataclasses.replace(known[name], **changes) for name in wanted}
+    recipes = {
+        Path(name).stem: known[name]
+        if name.endswith(".json")
+        else dataclasses.replace(known[name], **changes)
+        for name in wanted
+    }
     protocol = Protocol(
         pairs=pairs, views=tuple(arguments.views), recipes=recipes, seeds=tuple(parse_seeds(arguments.seed)),
         style=arguments.style, size=arguments.size, noise_level=arguments.noise_level,
@@ -86,8 +98,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _judge(arguments: argparse.Namespace) -> Any:
-    from pathlib import Path
-
     from .cascade import embedded_folder
     from .models import load_judge
 

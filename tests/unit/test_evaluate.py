@@ -188,6 +188,11 @@ def test_the_command_prints_a_table(cascade_folder, one_thread, tmp_path, capsys
     assert main([*words, "--recipes", "best"]) == 2
     assert "plain, balancing" in capsys.readouterr().err
     assert main([*words, "--pairs", "duck/rabbit/cat"]) == 2
+    own = tmp_path / "mine.json"
+    own.write_text(json.dumps(Recipe.plain(num_inference_steps=1, guidance_scale=2).to_dict()))
+    capsys.readouterr()
+    assert main([*words, "--recipes", "plain", str(own)]) == 0
+    assert "| flip | mine | 1 |" in capsys.readouterr().out
 
 
 def test_measures_agree_with_their_definitions() -> None:
