@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mtl_anagram.models.configs import UNetConfig
@@ -253,9 +254,10 @@ class Trainer:
         self.generator.set_state(state["generator"])
         self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
 
-    def begin_from(self, weights: dict[str, Tensor]) -> None:
-        """Start from another training's averaged weights."""
-        self.model.load_state_dict(weights)
+    def begin_from(self, folder: Path) -> None:
+        """Start from an exported stage I of the same sizes; the heads of the coarse stretches start anew."""
+        self.model.unet.load_state_dict(load_file(folder / "unet/diffusion_pytorch_model.safetensors"))
+        self.model.t5.load_state_dict(load_file(folder / "text_encoder/model.safetensors"))
         self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     def samples(self, count: int, steps: int, guidance: float, seed: int) -> Tensor:
@@ -338,7 +340,9 @@ def main() -> None:
     parser.add_argument(
         "--text-until", type=int, default=None, help="pictures that the text encoder learns on"
     )
-    parser.add_argument("--init", default=None, help="an earlier training's weights to begin from (.pt)")
+    parser.add_argument(
+        "--init", default=None, help="an exported stage_1 folder to start from, the first time"
+    )
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
     parser.add_argument("--sheet-minutes", type=float, default=8.0)
     parser.add_argument("--threads", type=int, default=2, help="0 = one or two, as it goes faster")
@@ -360,7 +364,7 @@ def main() -> None:
     if state is not None:
         trainer.load(state)
     elif args.init is not None:
-        trainer.begin_from(torch.load(args.init, weights_only=True)["ema"])
+        trainer.begin_from(Path(args.init))
     log = (run / "log.jsonl").open("a", buffering=1)
     count = sum(p.numel() for p in trainer.model.parameters())
     facts = {"parameters": count, "drawings": sum(map(len, trainer.rows)), "resumed_at": trainer.step}

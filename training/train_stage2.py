@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mtl_anagram.models import load_t5
@@ -163,6 +164,11 @@ class Trainer:
             torch._foreach_lerp_([self.ema[name] for name in names], list(parameters), 1 - decay)
         return simple.mean().item(), bound.mean().item(), norm.item()
 
+    def begin_from(self, folder: Path) -> None:
+        """Start from an exported stage II of the same sizes."""
+        self.unet.load_state_dict(load_file(folder / "unet/diffusion_pytorch_model.safetensors"))
+        self.ema = {name: p.detach().clone() for name, p in self.unet.named_parameters()}
+
     def state(self) -> dict[str, Any]:
         """All that a later stretch needs to go on as if there had been no break."""
         return {
@@ -243,6 +249,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument(
+        "--init", default=None, help="an exported stage_2 folder to start from, the first time"
+    )
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -259,6 +268,8 @@ def main() -> None:
     trainer = Trainer(plan, data, concepts, caption_states(Path(args.weights), concepts), typical)
     if state is not None:
         trainer.load(state)
+    elif args.init is not None:
+        trainer.begin_from(Path(args.init))
     log = (run / "log.jsonl").open("a", buffering=1)
     count = sum(p.numel() for p in trainer.unet.parameters())
     print(

@@ -11,6 +11,7 @@ import torch
 
 from mtl_anagram.models.tokenizers import CLIPTokenizer, T5Tokenizer
 from tests.helpers import relative
+from tests.unit.tiny import save_module
 from training import captions, checkpoints, drawings, packing, styles
 from training.diffusion import Diffusion
 from training.growing import attend, pooled_noise
@@ -323,3 +324,15 @@ def test_the_text_encoder_stays_at_last(trainer: Trainer) -> None:
     trainer.train_step()
     for name, parameter in trainer.model.t5.named_parameters():
         assert torch.equal(parameter, kept[name]), name
+
+
+def test_an_export_is_taken_up(trainer: Trainer, tmp_path) -> None:
+    trainer.train_step()
+    save_module(trainer.model.unet, tmp_path / "unet/diffusion_pytorch_model.safetensors", torch.float16)
+    save_module(trainer.model.t5, tmp_path / "text_encoder/model.safetensors", torch.float16)
+    again = Trainer(TINY, trainer.data, CONCEPTS, trainer.ids, trainer.mask)
+    again.begin_from(tmp_path)
+    for name, value in trainer.model.state_dict().items():
+        if not name.startswith("heads"):
+            assert torch.equal(again.model.state_dict()[name], value.half().float()), name
+            assert torch.equal(again.ema[name], value.half().float()), name
