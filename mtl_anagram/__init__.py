@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cascade import Cascade
-    from .errors import AnagramError, ConfigError, InputError, SourceError, WeightsError
+    from .errors import AnagramError, CapacityError, ConfigError, InputError, SourceError, WeightsError
     from .generate import generate_anagram, repeat_anagram
     from .output import Anagram
     from .sampling import Recipe
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Anagram",
     "AnagramError",
+    "CapacityError",
     "Cascade",
     "ConfigError",
     "InputError",

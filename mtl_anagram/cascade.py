@@ -15,7 +15,8 @@ from torch import Tensor
 from .devices import resolve_device, resolve_dtype
 from .errors import ConfigError, InputError, SourceError
 from .models import load_noise_clip, load_t5, load_tokenizer, load_unet
-from .models.loading import MERGES, weight_files
+from .models.glide import MERGES, open_noise_clip
+from .models.loading import weight_files
 from .models.noise_clip import NoiseCLIP
 from .models.sources import Folder, Source, open_source, read_config, read_json
 from .models.t5 import T5Encoder
@@ -231,7 +232,7 @@ class Cascade:
                 if path is not None:
                     found[f"{part}/{subfolder}/{name}"] = path
         if self.has_noise_clip:
-            files = open_source(self._source("noise_clip"), None, "clip_image_enc.safetensors")
+            files = open_noise_clip(self._source("noise_clip"))
             groups = [
                 [f"{tower}.safetensors", f"{tower}.pt"] for tower in ("clip_image_enc", "clip_text_enc")
             ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..devices import resolve_device, resolve_dtype
 from ..errors import InputError, SourceError, WeightsError
 from .configs import UNetConfig
+from .glide import MERGES, open_noise_clip, read_pickle
 from .noise_clip import NoiseCLIP, image_encoder_from, text_encoder_from
 from .sources import Files, Source, open_source, read_config, read_json, require
 from .t5 import T5Encoder
@@ -21,7 +22,6 @@ from .unet import UNet
 
 M = TypeVar("M", bound=nn.Module)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MERGES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt")
 
 
 def load_unet(
@@ -86,12 +86,13 @@ def load_noise_clip(
 ) -> NoiseCLIP:
     """The noise-aware CLIP from a folder with clip_image_enc and clip_text_enc, .safetensors or .pt.
 
-    The two .pt files that GLIDE published are read by torch's weights-only unpickler. Every size is read off
-    the tensors' shapes. The byte-pair merges are the folder's `merges.txt` or `bpe_simple_vocab_16e6.txt.gz`
-    (CLIP's own), or the file that `merges` names.
+    source "glide": GLIDE's own, downloaded once from where they were published. A folder's .pt files are read by
+    torch's weights-only unpickler and, where the folder can be written to, made .safetensors beside them at
+    the first time. Every size is read off the tensors' shapes. The byte-pair merges are the folder's
+    `merges.txt` or `bpe_simple_vocab_16e6.txt.gz` (CLIP's own), or the file that `merges` names.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
-    files = open_source(source, subfolder, "clip_image_enc.safetensors")
+    files = open_noise_clip(source, subfolder)
 
     def tower(name: str, build: Callable[[Mapping[str, Tensor]], M]) -> M:
         state, origin = _clip_state(files, name)
@@ -239,15 +240,4 @@ def _clip_state(files: Files, name: str) -> tuple[dict[str, Tensor], str]:
     path = files.get(f"{name}.pt")
     if path is None:
         raise SourceError(f"{files} has neither {name}.safetensors nor {name}.pt: {files.listing()}")
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        raise SourceError(
-            f"{path} is not a state dict that the weights-only unpickler reads ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}); download it again"
-        ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise WeightsError(f"{path} holds no flat state dict of tensors; download GLIDE's {name}.pt again")
-    return state, str(path)
+    return read_pickle(path), str(path)
