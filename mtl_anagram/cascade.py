@@ -6,24 +6,33 @@ import gc
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .checks import choice, flag, whole_number
 from .devices import resolve_device, resolve_dtype
-from .errors import ConfigError, InputError, SourceError
+from .errors import AnagramError, InputError, SourceError
 from .models import load_noise_clip, load_t5, load_tokenizer, load_unet
+from .models.configs import UNetConfig
 from .models.glide import MERGES, open_noise_clip
-from .models.loading import weight_files
+from .models.loading import check_unet_files, weight_files
 from .models.noise_clip import NoiseCLIP
-from .models.sources import Folder, Source, open_source, read_config, read_json
+from .models.sources import Folder, Source, open_source, read_config, require
 from .models.t5 import T5Encoder
 from .models.tokenizers import T5Tokenizer
 from .models.unet import UNet
+from .parts import find_parts
+from .releases import LAYOUTS, PLACES, STAGES
 from .sampling import Recipe, Schedule
 
+if TYPE_CHECKING:
+    from .planning import Plan
+
+KEEP = ("auto", "all", "one")
 MAX_TOKENS = 77
 
 
@@ -41,8 +50,13 @@ def embedded_folder() -> Path:
 class Cascade:
     """The models of one cascade. Nothing is read before it is needed; `release()` gives the memory back.
 
-    Attributes: device, dtype (of the networks), recipe (what the cascade's makers recommend), name, and
-    has_stage_2 and has_noise_clip, which say what the cascade holds.
+    keep: "all" networks stay in memory; "one": a network's loading releases those that never work beside it
+    (releases.STAGES), so that the largest stage decides what memory is needed; "auto": all, if this machine
+    has the memory for that when the first is loaded, else one. What is sampled does not depend on it. A network
+    that the machine cannot hold is a CapacityError before its files are downloaded, unless ignore_memory.
+
+    Attributes: device, dtype (of the networks), recipe (what the cascade's makers recommend), name, sources and
+    variants (by part), and has_stage_2 and has_noise_clip, which say what the cascade holds.
     """
 
     def __init__(
@@ -53,18 +67,24 @@ class Cascade:
         noise_clip: Source | None = None,
         name: str | None = None,
         recipe: Recipe | None = None,
-        variant: str | None = None,
+        variant: str | Mapping[str, str | None] | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        keep: str = "auto",
+        ignore_memory: bool = False,
     ) -> None:
+        self.keep = choice("keep", keep, KEEP)
+        self.ignore_memory = flag("ignore_memory", ignore_memory)
         self.device = resolve_device(device)
         # Half precision is what the released weights were published for; CPUs are faster in float32.
         default = torch.float16 if self.device.type == "cuda" else torch.float32
         self.dtype = resolve_dtype(dtype) or default
         self.name = str(stage_1) if name is None else name
         self.recipe = Recipe.released() if recipe is None else recipe
-        self.variant = variant
-        self._sources = {"stage_1": stage_1, "stage_2": stage_2, "noise_clip": noise_clip}
+        self.sources = {"stage_1": stage_1, "stage_2": stage_2, "noise_clip": noise_clip}
+        given = variant if isinstance(variant, Mapping) else dict.fromkeys(self.sources, variant)
+        self.variants = {part: given.get(part) for part in self.sources}
+        self._keeps_all: bool | None = None if keep == "auto" else keep == "all"
         self._models: dict[str, Any] = {}
 
     @classmethod
@@ -77,54 +97,47 @@ class Cascade:
         variant: str | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        keep: str = "auto",
+        ignore_memory: bool = False,
     ) -> Cascade:
-        """A cascade from a folder or a hub id; None = the embedded one.
+        """A cascade from a release's name, a folder or a hub id; None = the embedded one.
+
+        The names are those of `mtl_anagram.releases.RELEASES`: "IF-M", "IF-L", "IF-XL". A folder of that name goes
+        before it. A name in the place of stage_2 or noise_clip means that release's part, "none" leaves a
+        part out. variant: "fp16", or "fp32" = the files without a variant; None = fp16 for what a release's name
+        stands for, else fp32.
 
         A folder holds either `stage_1/` (and `stage_2/`, `noise_clip/`, `cascade.json`), as the embedded
         cascade's does, or one release of stage I (`unet/`, `text_encoder/`, `tokenizer/`), as a hub id does;
         `stage_2` and `noise_clip` then name the other parts' folders or ids. device None = the best there is;
         dtype None = float16 on CUDA, else float32. Lazy: only small JSON files are read here.
         """
-        places = {"variant": variant, "device": device, "dtype": dtype}
-        if source is None:
-            source = embedded_folder()
-        files = open_source(source, None, "cascade.json")
-        if not isinstance(files, Folder):
-            return cls(source, stage_2=stage_2, noise_clip=noise_clip, **places)  # type: ignore[arg-type]
-        folder = files.path
-        about = read_json(folder / "cascade.json") if (folder / "cascade.json").is_file() else {}
-        if not (folder / "stage_1").is_dir():
-            if not (folder / "unet").is_dir():
-                raise SourceError(
-                    f"{folder} is no cascade: it has neither stage_1/ nor unet/ ({files.listing()}); give the "
-                    "folder of a release"
-                )
-            return cls(folder, stage_2=stage_2, noise_clip=noise_clip, **places)  # type: ignore[arg-type]
-        name = about.get("name", folder.name)
-        if not isinstance(name, str):
-            raise ConfigError(f"{folder / 'cascade.json'}: name={name!r} must be a string; change it back")
-        recipe = None
-        if about.get("recipe") is not None:
-            recipe = read_config(folder / "cascade.json", lambda content: Recipe.from_dict(content["recipe"]))
-        inner = {
-            part: folder / part if (folder / part).is_dir() else None for part in ("stage_2", "noise_clip")
-        }
+        found = find_parts(
+            embedded_folder() if source is None else source, variant, stage_2=stage_2, noise_clip=noise_clip
+        )
         return cls(
-            folder / "stage_1",
-            stage_2=inner["stage_2"] if stage_2 is None else stage_2,
-            noise_clip=inner["noise_clip"] if noise_clip is None else noise_clip,
-            name=name,
-            recipe=recipe,
-            **places,  # type: ignore[arg-type]
+            **found.sources,  # type: ignore[arg-type]
+            name=found.name,
+            recipe=found.recipe,
+            variant=found.variants,
+            device=device,
+            dtype=dtype,
+            keep=keep,
+            ignore_memory=ignore_memory,
         )
 
     @property
+    def variant(self) -> str | None:
+        """Of stage I's weight files."""
+        return self.variants["stage_1"]
+
+    @property
     def has_stage_2(self) -> bool:
-        return self._sources["stage_2"] is not None
+        return self.sources["stage_2"] is not None
 
     @property
     def has_noise_clip(self) -> bool:
-        return self._sources["noise_clip"] is not None
+        return self.sources["noise_clip"] is not None
 
     @property
     def tokenizer(self) -> T5Tokenizer:
@@ -134,13 +147,14 @@ class Cascade:
     def text_encoder(self) -> T5Encoder:
         # T5's feed-forward overflows in float16; the published fp16 variant keeps that part in float32,
         # other files are read as bfloat16 instead.
-        keep = self.variant is not None
+        variant = self.variants["stage_1"]
+        keep = variant is not None
         dtype = torch.bfloat16 if self.dtype == torch.float16 else self.dtype
         return self._once(
             "text_encoder",
             lambda: load_t5(
                 self._source("stage_1"),
-                variant=self.variant,
+                variant=variant,
                 dtype=None if keep else dtype,
                 device=self.device,
             ),
@@ -179,6 +193,71 @@ class Cascade:
         states = self.text_encoder(ids.to(self.device), mask.to(self.device)).to(self.dtype)
         return states[:-1], states[-1:]
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all networks stay in memory; decided for keep="auto" when it is first asked for."""
+        if self._keeps_all is None:
+            from .planning import keeps_all
+
+            try:
+                self._keeps_all = keeps_all(self)
+            except AnagramError:  # files that do not load: their loading says it better
+                return False
+        return self._keeps_all
+
+    def plan(
+        self, *, views: int = 2, batch_size: int = 1, size: int | None = None, look_up: bool = True
+    ) -> Plan:
+        """What the cascade needs and what the machine has: planning.Plan. Loads nothing.
+
+        For batch_size pictures of that many views, stage I at size px (None = what it was trained at).
+        Published repositories need no hub; of others config.json is fetched if look_up.
+        """
+        from .planning import make_plan
+
+        whole_number("views", views, 1)
+        whole_number("batch_size", batch_size, 1)
+        return make_plan(self, views=views, batch_size=batch_size, size=size, look_up=look_up)
+
+    def check_memory(
+        self, *, views: int = 2, batch_size: int = 1, sizes: Sequence[int] | None = None, guided: bool = True
+    ) -> None:
+        """CapacityError where this machine cannot hold a stage with its activations, unless ignore_memory.
+
+        sizes: the side in px of each stage that will run, None = all stages at the sides they were trained at.
+        Of repositories that are no release's, config.json is fetched.
+        """
+        from .planning import is_small, make_plan
+
+        if self.ignore_memory or is_small(self):
+            return
+        plan = make_plan(
+            self,
+            views=views,
+            batch_size=batch_size,
+            size=None if sizes is None else sizes[0],
+            guided=guided,
+            stages=None if sizes is None else list(STAGES)[: 1 + len(sizes)],
+            look_up=True,
+        )
+        plan.check()
+        if self._keeps_all is None:
+            self._keeps_all = plan.keep == "all"
+
+    def layout(self, stage: int) -> UNet:
+        """Stage 1's or 2's UNet without weights, on the meta device: from config.json alone."""
+        loaded = self._models.get(f"unet_{stage}")
+        return loaded or self._once(f"layout_{stage}", lambda: self._layout(f"stage_{stage}"))
+
+    def prepare(self, stages: int) -> None:
+        """Load the UNets of the first stages where all can stay; else check the files of all but the values."""
+        for stage in range(1, stages + 1):
+            if self.keeps_all:
+                getattr(self, f"unet_{stage}")
+            else:
+                part = f"stage_{stage}"
+                check_unet_files(self._source(part), variant=self.variants[part])
+
     def release(self, *names: str) -> None:
         """Forget models ("text_encoder", "unet_1", ...; none named = all) and give their memory back."""
         for name in names or tuple(self._models):
@@ -192,7 +271,7 @@ class Cascade:
         return self._once("checksums", self._checksums)
 
     def _source(self, part: str) -> Source:
-        source = self._sources[part]
+        source = self.sources[part]
         if source is None:
             raise InputError(f"the cascade {self.name} has no {part}: name its folder or hub id with {part}=")
         return source
@@ -205,32 +284,53 @@ class Cascade:
         return open_source(self._source(part), subfolder, name).get(name)
 
     def _unet(self, part: str) -> UNet:
-        return load_unet(self._source(part), variant=self.variant, dtype=self.dtype, device=self.device)
+        return load_unet(
+            self._source(part), variant=self.variants[part], dtype=self.dtype, device=self.device
+        )
+
+    def _layout(self, part: str) -> UNet:
+        files = open_source(self._source(part), "unet", "config.json")
+        config = read_config(require(files, "config.json"), UNetConfig.from_dict)
+        with torch.device("meta"):
+            return UNet(config)
 
     def _once(self, name: str, load: Any) -> Any:
         if name not in self._models:
+            if name in PLACES or name == "noise_clip":
+                self._make_room(name)
             # Weights loaded inside inference_mode could not take part in the anti-segregation's gradient.
             with torch.inference_mode(False), torch.no_grad():
                 self._models[name] = load()
         return self._models[name]
 
+    def _make_room(self, name: str) -> None:
+        """Before a network is loaded: the machine must be able to hold it; what never works beside it goes."""
+        self._source(PLACES.get(name, (name,))[0])  # a part that the cascade has not is an error by itself
+        if not self.ignore_memory:
+            from .planning import check_network
+
+            check_network(self, name)
+        if not self.keeps_all:
+            company = {member for stage in STAGES.values() if name in stage for member in stage}
+            others = [
+                other for other in (*PLACES, "noise_clip") if other not in company and other in self._models
+            ]
+            if others:
+                self.release(*others)
+
     def _checksums(self) -> dict[str, str]:
         found: dict[str, Path] = {}
-        for part in ("stage_1", "stage_2"):
-            if self._sources[part] is None:
+        for part, layout in LAYOUTS.items():
+            if self.sources[part] is None:
                 continue
-            models = [("unet", "diffusion_pytorch_model")]
-            models += [("text_encoder", "model")] if part == "stage_1" else []
-            for subfolder, base in models:
-                files = open_source(self._source(part), subfolder, "config.json")
-                paths = [files.get("config.json"), *weight_files(files, base, self.variant)]
-                found |= {f"{part}/{subfolder}/{p.name}": p for p in paths if p is not None}
-            optional = [("scheduler", "scheduler_config.json")]
-            optional += [("tokenizer", "spiece.model")] if part == "stage_1" else []
-            for subfolder, name in optional:
-                path = self._optional(part, subfolder, name)
+            for network in layout.networks:
+                files = open_source(self._source(part), network.subfolder, "config.json")
+                paths = [files.get("config.json"), *weight_files(files, network.base, self.variants[part])]
+                found |= {f"{part}/{network.subfolder}/{p.name}": p for p in paths if p is not None}
+            for small in (*layout.required, *layout.optional):
+                path = self._optional(part, *small.split("/"))
                 if path is not None:
-                    found[f"{part}/{subfolder}/{name}"] = path
+                    found[f"{part}/{small}"] = path
         if self.has_noise_clip:
             files = open_noise_clip(self._source("noise_clip"))
             groups = [

@@ -18,12 +18,13 @@ CHUNK = 1 << 20
 TIMEOUT = 60  # seconds without a byte
 
 
-def fetch(url: str, path: Path, *, progress: bool = False) -> Path:
+def fetch(url: str, path: Path, *, progress: bool | None = None) -> Path:
     """Download `url` to `path` unless it is there. Returns the path.
 
     An interrupted download leaves `.NAME.part` beside it, and the next call goes on from its end if the
     server says that the file is still the same (its ETag or date); else it starts anew. The length is compared
-    with Content-Length, the content with Content-MD5 where the server gives one. SourceError says what went
+    with Content-Length, the content with Content-MD5 where the server gives one. progress None = a bar where there
+    is a terminal, as the hub's client shows one. SourceError says what went
     wrong; CapacityError that the disk is too small, before anything is written.
     """
     if path.is_file():
@@ -74,7 +75,14 @@ def fetch(url: str, path: Path, *, progress: bool = False) -> Path:
 
 
 def _receive(
-    answer: Any, url: str, part: Path, mark: Path, version: str, start: int, total: int | None, progress: bool
+    answer: Any,
+    url: str,
+    part: Path,
+    mark: Path,
+    version: str,
+    start: int,
+    total: int | None,
+    progress: bool | None,
 ) -> None:
     from tqdm import tqdm
 
@@ -84,7 +92,7 @@ def _receive(
         unit="B",
         unit_scale=True,
         desc=url.rpartition("/")[2],
-        disable=not progress,
+        disable=None if progress is None else not progress,
     )
     done = start
     try:

@@ -57,7 +57,7 @@ def missing(folder: Path) -> list[str]:
     return lacking + ([] if any((folder / name).is_file() for name in MERGES) else [MERGES[0]])
 
 
-def fetch_glide(folder: Path, *, progress: bool = False) -> Path:
+def fetch_glide(folder: Path, *, progress: bool | None = None) -> Path:
     """Bring the two towers and the merges into a folder, whatever of it is there already; returns the folder.
 
     Raises SourceError where the machine is offline (HF_HUB_OFFLINE=1 holds here too) and something is missing.

@@ -21,6 +21,7 @@ from .tokenizers import CLIPTokenizer, T5Tokenizer
 from .unet import UNet
 
 M = TypeVar("M", bound=nn.Module)
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -114,6 +115,12 @@ def load_noise_clip(
     return NoiseCLIP(image, text, CLIPTokenizer(merges))
 
 
+def index_names(base: str, variant: str | None) -> list[str]:
+    """What a sharded model's index may be called: transformers' and diffusers' ways."""
+    dot = "" if variant is None else f".{variant}"
+    return list(dict.fromkeys((f"{base}.safetensors.index{dot}.json", f"{base}{dot}.safetensors.index.json")))
+
+
 def weight_files(files: Files, base: str, variant: str | None) -> list[Path]:
     """The safetensors files of a model: one, or the shards that an index names.
 
@@ -127,7 +134,7 @@ def weight_files(files: Files, base: str, variant: str | None) -> list[Path]:
     path = files.get(whole)
     if path is not None:
         return [path]
-    for index_name in dict.fromkeys((f"{base}.safetensors.index{dot}.json", f"{whole}.index.json")):
+    for index_name in index_names(base, variant):
         index = files.get(index_name)
         if index is None:
             continue
@@ -156,6 +163,35 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise SourceError(
             f"{path} is not a whole safetensors file ({error}); delete it and download it again"
         ) from error
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file without their values, on the meta device; a cut file is an error."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return {
+                name: torch.empty(
+                    part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta"
+                )
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise SourceError(
+            f"{path} is not a whole safetensors file ({error}); delete it and download it again"
+        ) from error
+
+
+def check_unet_files(source: Source, *, subfolder: str | None = "unet", variant: str | None = None) -> None:
+    """Whether `load_unet` would find what it needs: config, names, shapes, whole files. Reads no values."""
+    files = open_source(source, subfolder, "config.json")
+    with torch.device("meta"):
+        unet = UNet(read_config(require(files, "config.json"), UNetConfig.from_dict))
+    paths = weight_files(files, "diffusion_pytorch_model", variant)
+    state = {name: tensor for path in paths for name, tensor in read_header(path).items()}
+    _check_fit(unet, state, str(paths[0] if len(paths) == 1 else paths[0].parent))
 
 
 def assemble(
@@ -190,6 +226,26 @@ def _fill(
     device: torch.device,
     one_dtype: bool = False,
 ) -> M:
+    _check_fit(module, state, origin)
+    if dtype is None and one_dtype:
+        dtype = next(iter(state.values())).dtype
+        for tensor in state.values():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    placed = {}
+    for name, tensor in state.items():
+        cast = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        if not torch.isfinite(cast).all():
+            reason = "it is damaged: download it again"
+            if torch.isfinite(tensor).all():
+                reason = f"its values overflow {cast.dtype}: load in float32 or bfloat16"
+            raise WeightsError(f"{origin}: {name} is not finite; {reason}")
+        placed[name] = cast
+    module.load_state_dict(placed, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _check_fit(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Names, shapes and kinds of a state dict against a module's; the tensors may be on the meta device."""
     expected = module.state_dict()
     problems = [
         *_listed("missing", [name for name in expected if name not in state]),
@@ -209,21 +265,6 @@ def _fill(
             f"{origin} does not fit {type(module).__name__} as its config describes it: {'; '.join(problems)}. "
             "Take config and weights from the same release"
         )
-    if dtype is None and one_dtype:
-        dtype = next(iter(state.values())).dtype
-        for tensor in state.values():
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    placed = {}
-    for name, tensor in state.items():
-        cast = tensor.to(device=device, dtype=dtype or tensor.dtype)
-        if not torch.isfinite(cast).all():
-            reason = "it is damaged: download it again"
-            if torch.isfinite(tensor).all():
-                reason = f"its values overflow {cast.dtype}: load in float32 or bfloat16"
-            raise WeightsError(f"{origin}: {name} is not finite; {reason}")
-        placed[name] = cast
-    module.load_state_dict(placed, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
 
 
 def _listed(kind: str, names: list[str]) -> list[str]:
