@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from .cli_models import add_model_commands, add_sources, cascade_of
+
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     repeat.add_argument("--overwrite", action="store_true", help="replace another request's pictures")
     _where(repeat)
     repeat.set_defaults(run=_repeat)
+    add_model_commands(commands)
     return parser
 
 
@@ -93,14 +96,7 @@ TECHNIQUES = ("balancing", "rectification", "anti_segregation")
 
 def _where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="output", metavar="FOLDER", help="default: output")
-    parser.add_argument("--model", help="a folder or a hub id of stage I (default: the embedded cascade)")
-    parser.add_argument("--stage-2", help="stage II's folder or hub id, where --model has none")
-    parser.add_argument("--noise-clip", help="the noise-aware CLIP's folder, where --model has none")
-    parser.add_argument("--variant", help="of the weight files, such as fp16")
-    parser.add_argument("--device", help="cpu, cuda, cuda:0, mps (default: the best there is)")
-    parser.add_argument(
-        "--dtype", help="float32, float16 or bfloat16 (default: float16 on CUDA, else float32)"
-    )
+    add_sources(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the files' names")
 
 
@@ -109,7 +105,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     seeds = parse_seeds(arguments.seed)
     view_args = _view_args(arguments.view_args)
-    cascade = _cascade(arguments)
+    cascade = cascade_of(arguments)
     made = generate_anagram(
         arguments.style,
         arguments.prompts,
@@ -140,7 +136,7 @@ def _repeat(arguments: argparse.Namespace) -> int:
     anagram = repeat_anagram(
         arguments.metadata,
         arguments.out,
-        model=_cascade(arguments),
+        model=cascade_of(arguments),
         progress=not arguments.quiet,
         overwrite=arguments.overwrite,
     )
@@ -152,19 +148,6 @@ def _report(anagram: Any) -> None:
     for path in anagram.pictures.values():
         views = path.with_name(f"{path.stem}.views.png")
         print(f"{path}  {views.name}{'  (was there)' if anagram.skipped else ''}")
-
-
-def _cascade(arguments: argparse.Namespace) -> Any:
-    from .cascade import Cascade
-
-    return Cascade.from_pretrained(
-        arguments.model,
-        stage_2=arguments.stage_2,
-        noise_clip=arguments.noise_clip,
-        variant=arguments.variant,
-        device=arguments.device,
-        dtype=arguments.dtype,
-    )
 
 
 def _recipe(arguments: argparse.Namespace, cascade: Any) -> Any:
