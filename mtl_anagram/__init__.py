@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cascade import Cascade
-    from .errors import AnagramError, ConfigError, InputError, SourceError, WeightsError
+    from .errors import AnagramError, CapacityError, ConfigError, InputError, SourceError, WeightsError
     from .evaluation import Protocol, evaluate
     from .generate import generate_anagram, repeat_anagram
     from .output import Anagram
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Anagram",
     "AnagramError",
+    "CapacityError",
     "Cascade",
     "ConfigError",
     "InputError",

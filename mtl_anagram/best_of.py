@@ -69,7 +69,7 @@ def best_of(
             f"the cascade {cascade.name} has no noise-aware CLIP to choose by: name its folder with noise_clip="
         )
     stop_after = arguments.pop("stop_after", None)
-    side = (cascade.unet_1.config.sample_size or 64) if size is None else size
+    side = (cascade.layout(1).config.sample_size or 64) if size is None else size
     common: dict[str, Any] = {"view_args": view_args, "model": cascade, "size": size, **arguments}
     made = generate_anagram(
         style, prompts, views, Path(save_dir) / CANDIDATES, device, list(range(seed, seed + count)),

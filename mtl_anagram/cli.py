@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from .cli_models import add_model_commands, add_sources, cascade_of
+
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     repeat.add_argument("--overwrite", action="store_true", help="replace another request's pictures")
     _where(repeat)
     repeat.set_defaults(run=_repeat)
+    add_model_commands(commands)
 
     from . import cli_evaluate
 
@@ -103,25 +106,7 @@ TECHNIQUES = ("balancing", "rectification", "anti_segregation")
 
 def _where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="output", metavar="FOLDER", help="default: output")
-    parser.add_argument("--model", help="a folder or a hub id of stage I (default: the embedded cascade)")
-    parser.add_argument("--stage-2", help="stage II's folder or hub id, where --model has none")
-    parser.add_argument("--noise-clip", help="the noise-aware CLIP's folder, where --model has none")
-    parser.add_argument("--variant", help="of the weight files, such as fp16")
-    parser.add_argument("--device", help="cpu, cuda, cuda:0, mps (default: the best there is)")
-    parser.add_argument(
-        "--dtype", help="float32, float16 or bfloat16 (default: float16 on CUDA, else float32)"
-    )
-    parser.add_argument(
-        "--text-encoder",
-        default="auto",
-        choices=("auto", "whole", "streamed"),
-        help="load T5, or run it from its files with little memory (default: the first, where it fits)",
-    )
-    parser.add_argument(
-        "--prompt-cache",
-        metavar="FOLDER",
-        help="keep prompts' states there: T5 then runs for new prompts only",
-    )
+    add_sources(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the files' names")
 
 
@@ -134,7 +119,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     view_args = _view_args(arguments.view_args)
     if arguments.best_of is not None and len(seeds) > 1:
         raise InputError(f"--best-of {arguments.best_of} takes one --seed, the first of its seeds")
-    cascade = _cascade(arguments)
+    cascade = cascade_of(arguments)
     request = (arguments.style, arguments.prompts, arguments.views, arguments.out)
     options: dict[str, Any] = {
         "noise_level": arguments.noise_level,
@@ -171,7 +156,7 @@ def _repeat(arguments: argparse.Namespace) -> int:
     anagram = repeat_anagram(
         arguments.metadata,
         arguments.out,
-        model=_cascade(arguments),
+        model=cascade_of(arguments),
         progress=not arguments.quiet,
         overwrite=arguments.overwrite,
     )
@@ -183,21 +168,6 @@ def _report(anagram: Any) -> None:
     for path in anagram.pictures.values():
         views = path.with_name(f"{path.stem}.views.png")
         print(f"{path}  {views.name}{'  (was there)' if anagram.skipped else ''}")
-
-
-def _cascade(arguments: argparse.Namespace) -> Any:
-    from .cascade import Cascade
-
-    return Cascade.from_pretrained(
-        arguments.model,
-        stage_2=arguments.stage_2,
-        noise_clip=arguments.noise_clip,
-        variant=arguments.variant,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        text_encoder=arguments.text_encoder,
-        prompt_cache=arguments.prompt_cache,
-    )
 
 
 def _recipe(arguments: argparse.Namespace, cascade: Any) -> Any:

@@ -181,11 +181,15 @@ def _run(
     progress: bool,
     on_step: OnStep | None,
 ) -> Iterator[Anagram]:
+    guided = job.recipe.anti_segregation and len(job.views) > 1
+    cascade.check_memory(
+        views=len(job.views), batch_size=min(batch_size, len(seeds)), sizes=job.sizes, guided=guided
+    )
     request = job.request(style, cascade)
     done = {seed: finished(folder, seed, request, job.sizes, overwrite) for seed in seeds}
     todo = [seed for seed in seeds if done[seed] is None]
     spans = None
-    if job.recipe.anti_segregation and len(job.views) > 1:
+    if guided:
         spans = [
             concept_span(cascade.tokenizer, prompt, concept, position=position, max_length=MAX_TOKENS)
             for prompt, concept, position in zip(job.prompts, job.concepts, job.positions, strict=True)
@@ -207,6 +211,7 @@ def _run(
         score = None
         if job.recipe.balancing and len(job.views) > 1:
             score = cascade.noise_clip.scorer(job.prompts)
+        cascade.prepare(len(job.sizes))
         with _bar(progress, len(todo) * len(job.sizes) * job.recipe.num_inference_steps) as bar:
 
             def step(batch: list[int], stage: int, state: StepState) -> None:
@@ -217,15 +222,20 @@ def _run(
                 if on_step is not None:
                     on_step(batch, stage, state)
 
-            for start in range(0, len(todo), batch_size):
-                batch = todo[start : start + batch_size]
-                for stage in _stages(cascade, job, batch, text, null, spans, score, schedules, step):
-                    side = job.sizes[0] if stage.num == 1 else job.sizes[1]
-                    for seed, picture in zip(batch, stage.pictures, strict=True):
-                        if overwrite and stage.num == 1:
-                            clear(folder_of(folder, seed))
-                        write_pictures(folder_of(folder, seed), side, picture, job.views)
-                for seed in batch:
+            batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+            # Where the stages' networks cannot be in memory together, all batches pass one stage before the next
+            # is loaded; else a batch is finished before the next begins.
+            together = cascade.keeps_all or len(job.sizes) == 1
+            for group in [[batch] for batch in batches] if together else [batches]:
+                runs = [_stages(cascade, job, b, text, null, spans, score, schedules, step) for b in group]
+                for side in job.sizes:
+                    for batch, run in zip(group, runs, strict=True):
+                        stage = next(run)
+                        for seed, picture in zip(batch, stage.pictures, strict=True):
+                            if overwrite and stage.num == 1:
+                                clear(folder_of(folder, seed))
+                            write_pictures(folder_of(folder, seed), side, picture, job.views)
+                for seed in (seed for batch in group for seed in batch):
                     made[seed] = finish(folder, seed, request, cascade, job.sizes)
     for seed in seeds:
         yield done[seed] or made[seed]

@@ -100,7 +100,8 @@ def check_sizes(
     cascade: Cascade, views: list[View], size: int | None, stop_after: int | None, recipe: Recipe
 ) -> list[int]:
     """The sides in px that will be made, each one that the UNets and the views allow."""
-    config = cascade.unet_1.config
+    layout = cascade.layout(1)
+    config = layout.config
     side = (config.sample_size or 64) if size is None else size
     factor = config.size_factor
     if isinstance(side, bool) or not isinstance(side, int) or not factor <= side <= MAX_SIDE or side % factor:
@@ -117,17 +118,16 @@ def check_sizes(
                 f"stop after {side}"
             )
         sizes = sizes[: sizes.index(stop_after) + 1]
-    if len(sizes) > 1 and sizes[1] % cascade.unet_2.config.size_factor:
+    if len(sizes) > 1 and sizes[1] % (factor := cascade.layout(2).config.size_factor):
         raise InputError(
-            f"size={side} makes {sizes[1]} px in stage II, whose UNet needs a multiple of "
-            f"{cascade.unet_2.config.size_factor}"
+            f"size={side} makes {sizes[1]} px in stage II, whose UNet needs a multiple of {factor}"
         )
     for view in views:
         for made in sizes:
             view.check_size(made)
     if recipe.anti_segregation and len(views) > 1:
         resolution = recipe.map_resolution * side // 64
-        layers = cascade.unet_1.attention_layers(side)
+        layers = layout.attention_layers(side)
         have = {res for name, res in layers.items() if name.startswith(tuple(recipe.map_places))}
         if resolution not in have:
             raise InputError(
@@ -140,7 +140,7 @@ def check_sizes(
 def check_networks(cascade: Cascade, job: Job, schedules: list[Schedule], text_width: int) -> None:
     """InputError for networks that are not each other's, which would else show when work is half done."""
     for stage, schedule in enumerate(schedules, start=1):
-        config = (cascade.unet_1 if stage == 1 else cascade.unet_2).config
+        config = cascade.layout(stage).config
         wanted = {
             "in_channels": 3 * stage,  # stage II sees stage I's picture too
             "out_channels": 6,

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .atomic import remove_leftovers, write_atomically
 from .cascade import Cascade
 from .errors import InputError, SourceError
-from .media import encode_png, remove_leftovers, side_by_side, write_atomically
+from .media import encode_png, side_by_side
 from .models.sources import read_json
 from .views import View
 
