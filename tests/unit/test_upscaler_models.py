@@ -267,6 +267,7 @@ def test_a_vocabulary_of_other_merges_is_refused(tmp_path):
     (tmp_path / "special_tokens_map.json").write_text('{"pad_token": 3}')
     with pytest.raises(SourceError, match="pad_token=3"):
         UpscalerTokenizer.from_source(tmp_path)
+    (tmp_path / "special_tokens_map.json").unlink()
     (tmp_path / "vocab.json").unlink()
     with pytest.raises(SourceError, match="has no vocab.json"):
         UpscalerTokenizer.from_source(tmp_path, subfolder=None)
