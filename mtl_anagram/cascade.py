@@ -21,6 +21,7 @@ from .models.sources import Folder, Source, open_source, read_config, read_json
 from .models.t5 import T5Encoder
 from .models.tokenizers import T5Tokenizer
 from .models.unet import UNet
+from .models.upscaler import Upscaler, load_upscaler
 from .sampling import Recipe, Schedule
 
 MAX_TOKENS = 77
@@ -41,7 +42,7 @@ class Cascade:
     """The models of one cascade. Nothing is read before it is needed; `release()` gives the memory back.
 
     Attributes: device, dtype (of the networks), recipe (what the cascade's makers recommend), name, and
-    has_stage_2 and has_noise_clip, which say what the cascade holds.
+    has_stage_2, has_stage_3 and has_noise_clip, which say what the cascade holds.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Cascade:
         stage_1: Source,
         *,
         stage_2: Source | None = None,
+        stage_3: Source | None = None,
         noise_clip: Source | None = None,
         name: str | None = None,
         recipe: Recipe | None = None,
@@ -63,7 +65,12 @@ class Cascade:
         self.name = str(stage_1) if name is None else name
         self.recipe = Recipe.released() if recipe is None else recipe
         self.variant = variant
-        self._sources = {"stage_1": stage_1, "stage_2": stage_2, "noise_clip": noise_clip}
+        self._sources = {
+            "stage_1": stage_1,
+            "stage_2": stage_2,
+            "stage_3": stage_3,
+            "noise_clip": noise_clip,
+        }
         self._models: dict[str, Any] = {}
 
     @classmethod
@@ -72,6 +79,7 @@ class Cascade:
         source: Source | None = None,
         *,
         stage_2: Source | None = None,
+        stage_3: Source | None = None,
         noise_clip: Source | None = None,
         variant: str | None = None,
         device: str | torch.device | None = None,
@@ -79,17 +87,19 @@ class Cascade:
     ) -> Cascade:
         """A cascade from a folder or a hub id; None = the embedded one.
 
-        A folder holds either `stage_1/` (and `stage_2/`, `noise_clip/`, `cascade.json`), as the embedded
-        cascade's does, or one release of stage I (`unet/`, `text_encoder/`, `tokenizer/`), as a hub id does;
-        `stage_2` and `noise_clip` then name the other parts' folders or ids. device None = the best there is;
-        dtype None = float16 on CUDA, else float32. Lazy: only small JSON files are read here.
+        A folder holds either `stage_1/` (and `stage_2/`, `stage_3/`, `noise_clip/`, `cascade.json`), as the
+        embedded cascade's does, or one release of stage I (`unet/`, `text_encoder/`, `tokenizer/`), as a hub id
+        does; `stage_2`, `stage_3` (the x4 upscaler) and `noise_clip` then name the other parts' folders or ids.
+        device None = the best there is; dtype None = float16 on CUDA, else float32. Lazy: only small JSON files
+        are read here.
         """
         places = {"variant": variant, "device": device, "dtype": dtype}
+        parts = {"stage_2": stage_2, "stage_3": stage_3, "noise_clip": noise_clip}
         if source is None:
             source = embedded_folder()
         files = open_source(source, None, "cascade.json")
         if not isinstance(files, Folder):
-            return cls(source, stage_2=stage_2, noise_clip=noise_clip, **places)  # type: ignore[arg-type]
+            return cls(source, **parts, **places)  # type: ignore[arg-type]
         folder = files.path
         about = read_json(folder / "cascade.json") if (folder / "cascade.json").is_file() else {}
         if not (folder / "stage_1").is_dir():
@@ -98,28 +108,29 @@ class Cascade:
                     f"{folder} is no cascade: it has neither stage_1/ nor unet/ ({files.listing()}); give the "
                     "folder of a release"
                 )
-            return cls(folder, stage_2=stage_2, noise_clip=noise_clip, **places)  # type: ignore[arg-type]
+            return cls(folder, **parts, **places)  # type: ignore[arg-type]
         name = about.get("name", folder.name)
         if not isinstance(name, str):
             raise ConfigError(f"{folder / 'cascade.json'}: name={name!r} must be a string; change it back")
         recipe = None
         if about.get("recipe") is not None:
             recipe = read_config(folder / "cascade.json", lambda content: Recipe.from_dict(content["recipe"]))
-        inner = {
-            part: folder / part if (folder / part).is_dir() else None for part in ("stage_2", "noise_clip")
-        }
+        inner = {part: folder / part if (folder / part).is_dir() else None for part in parts}
         return cls(
             folder / "stage_1",
-            stage_2=inner["stage_2"] if stage_2 is None else stage_2,
-            noise_clip=inner["noise_clip"] if noise_clip is None else noise_clip,
             name=name,
             recipe=recipe,
+            **{part: inner[part] if given is None else given for part, given in parts.items()},  # type: ignore[arg-type]
             **places,  # type: ignore[arg-type]
         )
 
     @property
     def has_stage_2(self) -> bool:
         return self._sources["stage_2"] is not None
+
+    @property
+    def has_stage_3(self) -> bool:
+        return self._sources["stage_3"] is not None
 
     @property
     def has_noise_clip(self) -> bool:
@@ -152,6 +163,14 @@ class Cascade:
     @property
     def unet_2(self) -> UNet:
         return self._once("unet_2", lambda: self._unet("stage_2"))
+
+    @property
+    def upscaler(self) -> Upscaler:
+        """Stage III, whose parts are in turn loaded when first needed. It has no files of a variant."""
+        return self._once(
+            "upscaler",
+            lambda: load_upscaler(self._source("stage_3"), dtype=self.dtype, device=self.device),
+        )
 
     @property
     def noise_clip(self) -> NoiseCLIP:
@@ -189,6 +208,13 @@ class Cascade:
     def checksums(self) -> dict[str, str]:
         """sha256 of every file that a picture depends on, by part and name (read once, then remembered)."""
         return self._once("checksums", self._checksums)
+
+    def upscaler_checksums(self) -> dict[str, str]:
+        """The same for stage III, by itself: pictures that end before it do not depend on it."""
+        return self._once(
+            "upscaler_checksums",
+            lambda: {f"stage_3/{name}": _sha256(p) for name, p in sorted(self.upscaler.files().items())},
+        )
 
     def _source(self, part: str) -> Source:
         source = self._sources[part]

@@ -8,6 +8,7 @@ from .t5_config import T5Config
 from .tokenizers import CLIPTokenizer, T5Tokenizer
 from .unet import UNet
 from .unet_blocks import TextContext
+from .upscaler import Upscaler, load_upscaler
 
 __all__ = [
     "CLIPTokenizer",
@@ -18,8 +19,10 @@ __all__ = [
     "TextContext",
     "UNet",
     "UNetConfig",
+    "Upscaler",
     "load_noise_clip",
     "load_t5",
     "load_tokenizer",
     "load_unet",
+    "load_upscaler",
 ]

@@ -206,13 +206,7 @@ class _Run:
         if self.upscale.views == "all" and self.encode is None:
             raise InputError('views="all" goes through pixels and back: give encode, the autoencoder\'s')
         if self.upscale.views == "all_latents":
-            ones = torch.ones(1, self.channels, height, width)
-            for view in self.views:
-                if not torch.equal(view.view(ones), ones):
-                    raise InputError(
-                        f'{view!r} changes values, which means nothing on latents: take views="all", which '
-                        "applies it to pixels"
-                    )
+            check_latent_views(self.views, height)
 
     def steps(self, low_res: Tensor) -> Iterator[LatentState]:
         """The steps. Work is done in blocks of `no_gradients`, never around a yield."""
@@ -385,3 +379,14 @@ class _Run:
             got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
             raise InputError(f"encode returned {got} instead of {(1, *like.shape)}")
         return z[0].float()
+
+
+def check_latent_views(views: Sequence[Any], side: int) -> None:
+    """InputError for views that do more than move pixels: on latents of this side they mean nothing."""
+    ones = torch.ones(1, 1, side, side)
+    for view in views:
+        if not torch.equal(view.view(ones), ones):
+            raise InputError(
+                f'{view!r} changes values, which means nothing on latents: take views="all", which applies it to '
+                "pixels"
+            )
