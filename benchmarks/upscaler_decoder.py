@@ -1,6 +1,6 @@
 """Time and memory of decoding one 1024 px picture at the released decoder's size, with random weights.
 
-    python benchmarks/upscaler_decoder.py [--latents 256] [--whole] [--dtype float32] [--device cpu]
+    python -m benchmarks.upscaler_decoder [--latents 256] [--whole] [--dtype float32] [--device cpu]
 
 --whole: without bands, as a plain implementation works. Prints one JSON line: seconds, the process's peak
 memory beyond what it held before, and on CUDA the GPU's. With --compare both ways are run, and the largest

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .errors import AnagramError, ConfigError, InputError, SourceError, WeightsError
     from .generate import generate_anagram, repeat_anagram
     from .output import Anagram
-    from .sampling import Recipe
+    from .sampling import Recipe, UpscaleRecipe
     from .views import View, get_views
 
 __version__ = "0.1.0"
@@ -20,6 +20,7 @@ __all__ = [
     "InputError",
     "Recipe",
     "SourceError",
+    "UpscaleRecipe",
     "View",
     "WeightsError",
     "generate_anagram",
@@ -31,6 +32,7 @@ _HOMES = {
     "Anagram": "output",
     "Cascade": "cascade",
     "Recipe": "sampling",
+    "UpscaleRecipe": "sampling",
     "View": "views",
     "generate_anagram": "generate",
     "get_views": "views",

@@ -24,6 +24,7 @@ class Upscaling:
         """Raises InputError for parts that are not each other's, before the first stage has run."""
         self.job, self.score, self.upscaler = job, score, cascade.upscaler
         check_upscaler(cascade, job)
+        self.upscaler.check_weights(encoder=job.upscale.views == "all")
         if job.upscale.views == "all_latents":
             check_latent_views(job.views, job.sizes[1])
         steps = job.upscale.num_inference_steps

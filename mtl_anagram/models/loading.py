@@ -195,6 +195,26 @@ def _fill(
     device: torch.device,
     one_dtype: bool = False,
 ) -> M:
+    check_state(module, state, origin)
+    if dtype is None and one_dtype:
+        dtype = next(iter(state.values())).dtype
+        for tensor in state.values():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    placed = {}
+    for name, tensor in state.items():
+        cast = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        if not torch.isfinite(cast).all():
+            reason = "it is damaged: download it again"
+            if torch.isfinite(tensor).all():
+                reason = f"its values overflow {cast.dtype}: load in float32 or bfloat16"
+            raise WeightsError(f"{origin}: {name} is not finite; {reason}")
+        placed[name] = cast
+    module.load_state_dict(placed, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def check_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """WeightsError where names, shapes or kinds of tensors are not the module's; no value is looked at."""
     expected = module.state_dict()
     problems = [
         *_listed("missing", [name for name in expected if name not in state]),
@@ -214,21 +234,6 @@ def _fill(
             f"{origin} does not fit {type(module).__name__} as its config describes it: {'; '.join(problems)}. "
             "Take config and weights from the same release"
         )
-    if dtype is None and one_dtype:
-        dtype = next(iter(state.values())).dtype
-        for tensor in state.values():
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    placed = {}
-    for name, tensor in state.items():
-        cast = tensor.to(device=device, dtype=dtype or tensor.dtype)
-        if not torch.isfinite(cast).all():
-            reason = "it is damaged: download it again"
-            if torch.isfinite(tensor).all():
-                reason = f"its values overflow {cast.dtype}: load in float32 or bfloat16"
-            raise WeightsError(f"{origin}: {name} is not finite; {reason}")
-        placed[name] = cast
-    module.load_state_dict(placed, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
 
 
 def _listed(kind: str, names: list[str]) -> list[str]:

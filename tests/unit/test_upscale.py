@@ -1,17 +1,31 @@
 """Stage III of a request: files, options, metadata, repetition, and what is refused."""
 
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from mtl_anagram import Cascade, InputError, Recipe, SourceError, generate_anagram, repeat_anagram
+from mtl_anagram import (
+    Cascade,
+    InputError,
+    Recipe,
+    SourceError,
+    UpscaleRecipe,
+    WeightsError,
+    cli,
+    generate_anagram,
+    repeat_anagram,
+)
 from mtl_anagram.cli import main
 from mtl_anagram.errors import ConfigError
 from mtl_anagram.media import encode_png
-from mtl_anagram.sampling import UpscaleRecipe, sample_stage3
+from mtl_anagram.sampling import sample_stage3
 from mtl_anagram.views import get_views
 from tests.unit.tiny import write_cascade
 from tests.unit.tiny_upscaler import write_upscaler
@@ -246,6 +260,46 @@ def test_parts_that_do_not_fit_are_refused_before_any_sampling(
         make(model=damaged, on_step=lambda *_: pytest.fail("sampling has begun"))
 
 
+@pytest.mark.parametrize(
+    "file, views, message",
+    [
+        ("unet/diffusion_pytorch_model.safetensors", "first", "missing: conv_out.bias"),
+        ("vae/diffusion_pytorch_model.safetensors", "first", "missing: post_quant_conv.bias"),
+        ("vae/diffusion_pytorch_model.safetensors", "all", "missing: encoder.conv_in.bias"),
+        ("text_encoder/model.safetensors", "first", "missing: text_model.final_layer_norm.bias"),
+    ],
+)
+def test_weights_that_would_not_load_are_found_in_their_headers_before_any_sampling(
+    cascade_folder, upscaler_folder, make, tmp_path, file, views, message
+):
+    folder = tmp_path / "upscaler"
+    shutil.copytree(upscaler_folder, folder)
+    state = load_file(folder / file)
+    del state[message.removeprefix("missing: ")]
+    save_file(state, folder / file)
+    damaged = Cascade.from_pretrained(cascade_folder, stage_3=folder, device="cpu")
+    upscale = UpscaleRecipe(num_inference_steps=2, views=views)
+    with pytest.raises(WeightsError, match=message):
+        make(model=damaged, upscale=upscale, on_step=lambda *_: pytest.fail("sampling has begun"))
+    (folder / file).write_bytes((folder / file).read_bytes()[:-200])
+    with pytest.raises(SourceError, match="not a whole safetensors file"):
+        damaged.upscaler.check_weights(encoder=True)
+
+
+def test_the_page_says_what_the_command_understands():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "stage-3.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    (mtl-anagram .*)$", page.replace("\\\n", " "), re.M)
+    arguments = cli._parser().parse_args(shlex.split(command)[1:])
+    assert arguments.stage_3 == "stabilityai/stable-diffusion-x4-upscaler"
+    options = re.findall(r"^\| `(--stage-3-[a-z-]+)` \| `(\w+)` \| `?(\w+)`? \|", page, re.M)
+    assert {name: getattr(UpscaleRecipe(), name) for _, name, _ in options} == UpscaleRecipe().to_dict()
+    for option, name, default in options:
+        value = {"views": "all"}.get(name, "7")
+        changed = cli._upscale(cli._parser().parse_args([*shlex.split(command)[1:], option, value]))
+        assert str(getattr(changed, name)).startswith(value)
+        assert str(getattr(UpscaleRecipe(), name)).removesuffix(".0") == default
+
+
 def test_a_release_without_its_small_files_uses_the_published_numbers(
     cascade_folder, upscaler_folder, make, tmp_path
 ):
@@ -275,6 +329,26 @@ def test_a_folder_may_hold_stage_three_itself(cascade_folder, upscaler_folder, t
     assert cascade.upscaler is not first
     first.release("decoder")
     assert first.decoder is first.decoder
+
+
+def test_a_hub_id_is_asked_for_the_published_files_alone(cascade_folder, upscaler_folder, make, monkeypatch):
+    asked = set()
+
+    def download(repo_id, name, *, subfolder=None):
+        assert repo_id == "stabilityai/stable-diffusion-x4-upscaler"
+        path = upscaler_folder / (subfolder or "") / name
+        asked.add(str(path.relative_to(upscaler_folder)))
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    hub = Cascade.from_pretrained(
+        cascade_folder, stage_3="stabilityai/stable-diffusion-x4-upscaler", device="cpu"
+    )
+    assert not asked
+    made, other = make("hub", model=hub, upscale=FAST)[0], make("folder", upscale=FAST)[0]
+    assert files(made.folder) == files(other.folder)
+    own = {str(path.relative_to(upscaler_folder)) for path in upscaler_folder.rglob("*") if path.is_file()}
+    assert asked == own
 
 
 def test_the_command(cascade_folder, upscaler_folder, tmp_path, capsys):

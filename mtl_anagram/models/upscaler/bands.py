@@ -1,7 +1,8 @@
 """Convolutions and group norms in horizontal bands: the same numbers, without the large temporaries.
 
-A picture of 1024 px has feature maps of 1 GB, and a resnet done plainly holds four of them. Here every layer is
-done band by band: a band of a convolution reads its rows and one more on either side, and a group norm's mean
+A picture of 1024 px has feature maps of 1 GiB, and a convolution done plainly holds its input three times: as it
+is, normalised, and padded; convolution kernels may add workspaces of that size. Here every layer is done band by
+band: a band of a convolution reads its rows and one more on either side, and a group norm's mean
 and variance are taken over the whole map first. So nothing is approximated, blended or computed twice; only the
 map before a layer and the one after it are whole.
 """

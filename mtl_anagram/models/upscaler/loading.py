@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...checks import whole_number
 from ...devices import resolve_device, resolve_dtype
-from ...errors import ConfigError
-from ..loading import assemble, weight_files
+from ...errors import ConfigError, SourceError
+from ..loading import assemble, check_state, weight_files
 from ..sources import Folder, Source, open_source, read_config, read_json, require
 from .autoencoder import LatentDecoder, LatentEncoder
 from .configs import AutoencoderConfig, CLIPTextConfig, UpscalerUNetConfig
@@ -121,6 +122,14 @@ class Upscaler:
                 found[f"{folder}/{path.name}"] = path
         return found
 
+    def check_weights(self, *, encoder: bool = False) -> None:
+        """WeightsError or SourceError for files that would not load, from their headers; reads no weights."""
+        _unet_plan(self.source, "unet", self.variant).check()
+        _text_plan(self.source, "text_encoder", self.variant).check()
+        _half_plan(LatentDecoder, LatentEncoder, self.source, "vae", self.variant)[0].check()
+        if encoder:
+            _half_plan(LatentEncoder, LatentDecoder, self.source, "vae", self.variant)[0].check()
+
     def release(self, *names: str) -> None:
         """Forget parts ("unet", "decoder", ...; none named = all) and give their memory back."""
         for name in names or tuple(self._parts):
@@ -171,10 +180,7 @@ def load_upscaler_unet(
 ) -> UpscalerUNet:
     """The latent UNet, in eval mode, its parameters without gradients; arguments as `load_unet`'s."""
     device, dtype = resolve_device(device), resolve_dtype(dtype)
-    files = open_source(source, subfolder, "config.json")
-    config = read_config(require(files, "config.json"), UpscalerUNetConfig.from_dict)
-    paths = weight_files(files, "diffusion_pytorch_model", variant)
-    return assemble(lambda: UpscalerUNet(config), paths, dtype=dtype, device=device, one_dtype=True)
+    return _unet_plan(source, subfolder, variant).load(dtype, device)
 
 
 def load_upscaler_decoder(
@@ -191,7 +197,7 @@ def load_upscaler_decoder(
     names of 2022 (query, key, value, proj_attn) or today's. dtype float16 means float32 where the config says
     force_upcast: this decoder's values leave half precision's range.
     """
-    return _load_part(LatentDecoder, LatentEncoder, source, subfolder, variant, dtype, device)
+    return _load_half(LatentDecoder, LatentEncoder, source, subfolder, variant, dtype, device)
 
 
 def load_upscaler_encoder(
@@ -203,7 +209,7 @@ def load_upscaler_encoder(
     device: torch.device | str = "cpu",
 ) -> LatentEncoder:
     """The autoencoder's encoder, as `load_upscaler_decoder` loads the decoder."""
-    return _load_part(LatentEncoder, LatentDecoder, source, subfolder, variant, dtype, device)
+    return _load_half(LatentEncoder, LatentDecoder, source, subfolder, variant, dtype, device)
 
 
 def load_upscaler_text(
@@ -220,22 +226,76 @@ def load_upscaler_text(
     numbers, which old files hold, is not needed.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
+    return _text_plan(source, subfolder, variant).load(dtype, device)
+
+
+@dataclass(frozen=True)
+class _Plan(Generic[P]):
+    """How one part is made of its files: what `assemble` needs but dtype and device."""
+
+    build: Callable[[], P]
+    paths: list[Path]
+    aliases: Mapping[str, str]
+    ignored: Collection[str]
+
+    def load(self, dtype: torch.dtype | None, device: torch.device) -> P:
+        return assemble(
+            self.build,
+            self.paths,
+            dtype=dtype,
+            device=device,
+            aliases=self.aliases,
+            one_dtype=True,
+            ignored=self.ignored,
+        )
+
+    def check(self) -> None:
+        """WeightsError or SourceError where `load` would fail, from the files' headers alone."""
+        state: dict[str, Tensor] = {}
+        for path in self.paths:
+            for name, tensor in read_headers(path).items():
+                name = self.aliases.get(name, name)
+                if name not in self.ignored:
+                    state[name] = tensor
+        with torch.device("meta"):
+            module = self.build()
+        check_state(module, state, str(self.paths[0]))
+
+
+def _unet_plan(source: Source, subfolder: str | None, variant: str | None) -> _Plan[UpscalerUNet]:
+    files = open_source(source, subfolder, "config.json")
+    config = read_config(require(files, "config.json"), UpscalerUNetConfig.from_dict)
+    paths = weight_files(files, "diffusion_pytorch_model", variant)
+    return _Plan(lambda: UpscalerUNet(config), paths, {}, ())
+
+
+def _text_plan(source: Source, subfolder: str | None, variant: str | None) -> _Plan[CLIPTextTower]:
     files = open_source(source, subfolder, "config.json")
     config = read_config(require(files, "config.json"), CLIPTextConfig.from_dict)
     names = _names(lambda: CLIPTextTower(config))
     position_ids = "text_model.embeddings.position_ids"
-    return assemble(
-        lambda: CLIPTextTower(config),
-        weight_files(files, "model", variant),
-        dtype=dtype,
-        device=device,
-        aliases={name.removeprefix("text_model."): name for name in [*names, position_ids]},
-        one_dtype=True,
-        ignored={position_ids},
-    )
+    aliases = {name.removeprefix("text_model."): name for name in [*names, position_ids]}
+    paths = weight_files(files, "model", variant)
+    return _Plan(lambda: CLIPTextTower(config), paths, aliases, {position_ids})
 
 
-def _load_part(
+def _half_plan(
+    kind: Callable[[AutoencoderConfig], P],
+    other: Callable[[AutoencoderConfig], nn.Module],
+    source: Source,
+    subfolder: str | None,
+    variant: str | None,
+) -> tuple[_Plan[P], AutoencoderConfig]:
+    """For one half of the autoencoder; the other half's tensors are known and ignored."""
+    files = open_source(source, subfolder, "config.json")
+    config = read_config(require(files, "config.json"), AutoencoderConfig.from_dict)
+    skipped = _names(lambda: other(config))
+    names = [*_names(lambda: kind(config)), *skipped]
+    paths = weight_files(files, "diffusion_pytorch_model", variant)
+    return _Plan(lambda: kind(config), paths, old_attention_names(names), set(skipped)), config
+
+
+def _load_half(
     kind: Callable[[AutoencoderConfig], P],
     other: Callable[[AutoencoderConfig], nn.Module],
     source: Source,
@@ -245,21 +305,32 @@ def _load_part(
     device: torch.device | str,
 ) -> P:
     device, dtype = resolve_device(device), resolve_dtype(dtype)
-    files = open_source(source, subfolder, "config.json")
-    config = read_config(require(files, "config.json"), AutoencoderConfig.from_dict)
-    skipped = _names(lambda: other(config))
-    names = [*_names(lambda: kind(config)), *skipped]
-    module = assemble(
-        lambda: kind(config),
-        weight_files(files, "diffusion_pytorch_model", variant),
-        dtype=torch.float32 if config.force_upcast and dtype == torch.float16 else dtype,
-        device=device,
-        aliases=old_attention_names(names),
-        one_dtype=True,
-        ignored=set(skipped),
-    )
+    plan, config = _half_plan(kind, other, source, subfolder, variant)
+    upcast = config.force_upcast and dtype == torch.float16
+    module = plan.load(torch.float32 if upcast else dtype, device)
     half = next(module.parameters()).dtype == torch.float16
     return module.float() if config.force_upcast and half else module
+
+
+def read_headers(path: Path) -> dict[str, Tensor]:
+    """A safetensors file's names, shapes and dtypes, as tensors on the meta device."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            found = {}
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(name)
+                dtype = _DTYPES.get(part.get_dtype(), torch.uint8)
+                found[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+            return found
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise SourceError(
+            f"{path} is not a whole safetensors file ({error}); delete it and download it again"
+        ) from error
+
+
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 def old_attention_names(names: Iterable[str]) -> dict[str, str]:
