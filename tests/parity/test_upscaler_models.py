@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mtl_anagram.errors import WeightsError
+from mtl_anagram.models.tokenizers import CLIPTokenizer
 from mtl_anagram.models.upscaler import (
     AutoencoderConfig,
     CLIPTextConfig,
@@ -20,7 +21,7 @@ from mtl_anagram.models.upscaler import (
     load_upscaler_unet,
 )
 from mtl_anagram.models.upscaler.loading import old_attention_names
-from tests.helpers import relative
+from tests.helpers import data_folder, relative
 from tests.parity import upscaler_references as references
 from tests.parity.upscaler_references import MERGES
 
@@ -186,6 +187,22 @@ def test_tokenizer_equals_the_reference(tmp_path):
     assert ours(TEXTS).tolist() == expected
     assert ours(["wow!"])[0, :5].tolist() == [*reference("wow!").input_ids, 0]
     assert ours(["wow!"])[0, 2] == 0
+
+
+def test_tokenizer_equals_the_reference_in_clips_own_vocabulary(tmp_path):
+    folder = data_folder()
+    if folder is None or not (folder / "bpe_simple_vocab_16e6.txt.gz").is_file():
+        pytest.skip("CLIP's merges are not here; MTL_ANAGRAM_DATA names the folder that holds them")
+    pairs = CLIPTokenizer(folder / "bpe_simple_vocab_16e6.txt.gz")
+    references.write_tokenizer(tmp_path / "tokenizer")
+    pairs.save(tmp_path / "tokenizer" / "merges.txt")
+    (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps(pairs.names()))
+    ours = UpscalerTokenizer.from_source(tmp_path)
+    reference = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer", pad_token="!")
+    assert ours.vocab_size == 49408
+    expected = reference(TEXTS, padding="max_length", max_length=77, truncation=True).input_ids
+    assert ours(TEXTS).tolist() == expected
+    assert ours(["a photo of a cat!"], 9).tolist() == [[49406, 320, 1125, 539, 320, 2368, 0, 49407, 0]]
 
 
 def test_the_whole_release_loads_lazily(vae, tmp_path):
