@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .evaluation import Protocol, evaluate
     from .generate import generate_anagram, repeat_anagram
     from .output import Anagram
-    from .sampling import Recipe
+    from .sampling import Recipe, UpscaleRecipe
     from .views import View, get_views
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "Protocol",
     "Recipe",
     "SourceError",
+    "UpscaleRecipe",
     "View",
     "WeightsError",
     "evaluate",
@@ -36,6 +37,7 @@ _HOMES = {
     "Cascade": "cascade",
     "Protocol": "evaluation",
     "Recipe": "sampling",
+    "UpscaleRecipe": "sampling",
     "View": "views",
     "evaluate": "evaluation",
     "generate_anagram": "generate",

@@ -25,9 +25,10 @@ from .models.sources import Folder, Source, open_source, read_config, require
 from .models.t5 import T5Encoder
 from .models.tokenizers import T5Tokenizer
 from .models.unet import UNet
+from .models.upscaler import Upscaler, load_upscaler
 from .parts import find_parts
 from .prompt_cache import PromptCache
-from .releases import LAYOUTS, PLACES, STAGES
+from .releases import LAYOUTS, PLACES, STAGES, UPSCALER_PARTS, WITHOUT_VARIANT, stages_of
 from .sampling import Recipe, Schedule
 from .text import MODES, streams, text_files
 
@@ -62,7 +63,7 @@ class Cascade:
     prompts' states are kept, so that the text encoder is loaded for new prompts only; None = no cache.
 
     Attributes: device, dtype (of the networks), recipe (what the cascade's makers recommend), name, sources and
-    variants (by part), and has_stage_2 and has_noise_clip, which say what the cascade holds.
+    variants (by part), and has_stage_2, has_stage_3 and has_noise_clip, which say what the cascade holds.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Cascade:
         stage_1: Source,
         *,
         stage_2: Source | None = None,
+        stage_3: Source | None = None,
         noise_clip: Source | None = None,
         name: str | None = None,
         recipe: Recipe | None = None,
@@ -93,9 +95,15 @@ class Cascade:
         self.dtype = resolve_dtype(dtype) or default
         self.name = str(stage_1) if name is None else name
         self.recipe = Recipe.released() if recipe is None else recipe
-        self.sources = {"stage_1": stage_1, "stage_2": stage_2, "noise_clip": noise_clip}
-        given = variant if isinstance(variant, Mapping) else dict.fromkeys(self.sources, variant)
-        self.variants = {part: given.get(part) for part in self.sources}
+        self.sources = {
+            "stage_1": stage_1,
+            "stage_2": stage_2,
+            "stage_3": stage_3,
+            "noise_clip": noise_clip,
+        }
+        if not isinstance(variant, Mapping):
+            variant = dict.fromkeys((part for part in self.sources if part not in WITHOUT_VARIANT), variant)
+        self.variants = {part: variant.get(part) for part in self.sources}
         self._keeps_all: bool | None = None if keep == "auto" else keep == "all"
         self._models: dict[str, Any] = {}
 
@@ -105,6 +113,7 @@ class Cascade:
         source: Source | None = None,
         *,
         stage_2: Source | None = None,
+        stage_3: Source | None = None,
         noise_clip: Source | None = None,
         variant: str | None = None,
         device: str | torch.device | None = None,
@@ -117,18 +126,22 @@ class Cascade:
         """A cascade from a release's name, a folder or a hub id; None = the embedded one.
 
         The names are those of `mtl_anagram.releases.RELEASES`: "IF-M", "IF-L", "IF-XL". A folder of that name goes
-        before it. A name in the place of stage_2 or noise_clip means that release's part, "none" leaves a
-        part out. variant: "fp16", or "fp32" = the files without a variant; None = fp16 for what a release's name
-        stands for, else fp32.
+        before it. A name in the place of stage_2, stage_3 or noise_clip means that release's part, "none"
+        leaves a part out. variant: "fp16", or "fp32" = the files without a variant; None = fp16 for what a
+        release's name stands for, else fp32.
 
-        A folder holds either `stage_1/` (and `stage_2/`, `noise_clip/`, `cascade.json`), as the embedded
-        cascade's does, or one release of stage I (`unet/`, `text_encoder/`, `tokenizer/`), as a hub id does;
-        `stage_2` and `noise_clip` then name the other parts' folders or ids. device None = the best there is;
-        dtype None = float16 on CUDA, else float32. The other arguments: as the class says. Lazy: only small JSON
-        files are read here.
+        A folder holds either `stage_1/` (and `stage_2/`, `stage_3/`, `noise_clip/`, `cascade.json`), as the
+        embedded cascade's does, or one release of stage I (`unet/`, `text_encoder/`, `tokenizer/`), as a hub id
+        does; `stage_2`, `stage_3` (the x4 upscaler) and `noise_clip` then name the other parts' folders or ids.
+        device None = the best there is; dtype None = float16 on CUDA, else float32. The other arguments: as the
+        class says. Lazy: only small JSON files are read here.
         """
         found = find_parts(
-            embedded_folder() if source is None else source, variant, stage_2=stage_2, noise_clip=noise_clip
+            embedded_folder() if source is None else source,
+            variant,
+            stage_2=stage_2,
+            stage_3=stage_3,
+            noise_clip=noise_clip,
         )
         return cls(
             **found.sources,  # type: ignore[arg-type]
@@ -153,6 +166,10 @@ class Cascade:
         return self.sources["stage_2"] is not None
 
     @property
+    def has_stage_3(self) -> bool:
+        return self.sources["stage_3"] is not None
+
+    @property
     def has_noise_clip(self) -> bool:
         return self.sources["noise_clip"] is not None
 
@@ -171,6 +188,20 @@ class Cascade:
     @property
     def unet_2(self) -> UNet:
         return self._once("unet_2", lambda: self._unet("stage_2"))
+
+    @property
+    def upscaler(self) -> Upscaler:
+        """Stage III, whose parts are in turn loaded when first needed."""
+        return self._once(
+            "upscaler",
+            lambda: load_upscaler(
+                self._source("stage_3"),
+                variant=self.variants["stage_3"],
+                dtype=self.dtype,
+                device=self.device,
+                before=lambda part: self._make_room(next(n for n, p in UPSCALER_PARTS.items() if part in p)),
+            ),
+        )
 
     @property
     def noise_clip(self) -> NoiseCLIP:
@@ -238,7 +269,7 @@ class Cascade:
 
         if self.ignore_memory or is_small(self):
             return
-        stages = list(STAGES) if sizes is None else list(STAGES)[: 1 + len(sizes)]
+        stages = stages_of(3 if sizes is None else len(sizes))
         if self.prompt_cache is not None:
             stages.remove("text")  # the prompts' states may all be there; else T5's loading checks by itself
         plan = make_plan(
@@ -271,6 +302,8 @@ class Cascade:
     def release(self, *names: str) -> None:
         """Forget models ("text_encoder", "unet_1", ...; none named = all) and give their memory back."""
         for name in names or tuple(self._models):
+            if name in UPSCALER_PARTS and "upscaler" in self._models:
+                self._models["upscaler"].release(*UPSCALER_PARTS[name])
             self._models.pop(name, None)
         gc.collect()
         if self.device.type == "cuda":
@@ -279,6 +312,15 @@ class Cascade:
     def checksums(self) -> dict[str, str]:
         """sha256 of every file that a picture depends on, by part and name (read once, then remembered)."""
         return self._once("checksums", self._checksums)
+
+    def upscaler_checksums(self) -> dict[str, str]:
+        """The same for stage III, by itself: pictures that end before it do not depend on it."""
+        return self._once(
+            "upscaler_checksums",
+            lambda: {
+                f"stage_3/{name}": self._checksum(p) for name, p in sorted(self.upscaler.files().items())
+            },
+        )
 
     def _source(self, part: str) -> Source:
         source = self.sources[part]
@@ -377,15 +419,22 @@ class Cascade:
         if not self.keeps_all:
             company = {member for stage in STAGES.values() if name in stage for member in stage}
             others = [
-                other for other in (*PLACES, "noise_clip") if other not in company and other in self._models
+                other for other in (*PLACES, "noise_clip") if other not in company and self._holds(other)
             ]
             if others:
                 self.release(*others)
 
+    def _holds(self, name: str) -> bool:
+        """Whether a network is in memory."""
+        upscaler = self._models.get("upscaler")
+        if name in UPSCALER_PARTS:
+            return upscaler is not None and any(map(upscaler.holds, UPSCALER_PARTS[name]))
+        return name in self._models
+
     def _checksums(self) -> dict[str, str]:
         found: dict[str, Path] = {}
         for part, layout in LAYOUTS.items():
-            if self.sources[part] is None:
+            if self.sources[part] is None or part == "stage_3":  # upscaler_checksums
                 continue
             for network in layout.networks:
                 files = open_source(self._source(part), network.subfolder, "config.json")

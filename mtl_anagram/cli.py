@@ -48,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         help="sample pictures from prompts and views",
         description="Sample pictures that read as the i-th prompt under the i-th view, and write "
-        "OUT/SEED/sample_64.png, sample_64.views.png and metadata.json (and 256 px where the model has a stage II).",
+        "OUT/SEED/sample_64.png, sample_64.views.png and metadata.json (and 256 px where the model has a stage II, "
+        "1024 px where it has a stage III too).",
     )
     generate.add_argument(
         "prompts", nargs="+", metavar="PROMPT", help="one per view; [brackets] mark the concept"
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
             help="switch, over the recipe",
         )
     generate.add_argument("--size", type=int, help="stage I's side in px (default: what it was trained at)")
-    generate.add_argument("--stop-after", type=int, metavar="PX", help="64: stage I alone")
+    generate.add_argument("--stop-after", type=int, metavar="PX", help="64: stage I alone; 256: no stage III")
     generate.add_argument("--batch-size", type=int, default=4, help="seeds sampled at once (default: 4)")
     generate.add_argument(
         "--best-of",
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         help="sample N seeds from --seed on, keep the best by the model's CLIP",
     )
     generate.add_argument("--overwrite", action="store_true", help="replace another request's pictures")
+    _stage_3(generate)
     _where(generate)
     generate.set_defaults(run=_generate)
 
@@ -102,6 +104,33 @@ def _parser() -> argparse.ArgumentParser:
 
 RECIPES = ("released", "corrected", "plain")
 TECHNIQUES = ("balancing", "rectification", "anti_segregation")
+
+
+def _stage_3(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("stage III")
+    group.add_argument("--stage-3-steps", type=int, metavar="N", help="1 to 999 (default: 75)")
+    group.add_argument("--stage-3-guidance-scale", type=float, metavar="SCALE", help="default: 9")
+    group.add_argument("--stage-3-noise-level", type=int, metavar="N", help="0 to 350 (default: 0)")
+    group.add_argument(
+        "--stage-3-views",
+        choices=("first", "all", "all_latents"),
+        help="first: the first prompt alone, as released (default); all: every view's prompt, through pixels; "
+        "all_latents: the same on latents, cheap and approximate",
+    )
+    group.add_argument(
+        "--stage-3-exchange-every", type=int, metavar="N", help="steps between all's averages (default: 1)"
+    )
+
+
+def _upscale(arguments: argparse.Namespace) -> Any:
+    """The stage III options as an UpscaleRecipe, None where none is given."""
+    from .sampling import UpscaleRecipe
+
+    names = {"num_inference_steps": "steps"}
+    names |= {name: name for name in ("guidance_scale", "noise_level", "views", "exchange_every")}
+    given = {name: getattr(arguments, f"stage_3_{option}") for name, option in names.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    return UpscaleRecipe(**given) if given else None
 
 
 def _where(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +155,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         "view_args": view_args,
         "model": cascade,
         "recipe": _recipe(arguments, cascade),
+        "upscale": _upscale(arguments),
         "concepts": arguments.concepts,
         "stop_after": arguments.stop_after,
         "size": arguments.size,

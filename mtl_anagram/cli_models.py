@@ -46,6 +46,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
         "--model", help="IF-M, IF-L, IF-XL, a folder, or a hub id of stage I (default: the embedded cascade)"
     )
     parser.add_argument("--stage-2", help='stage II\'s folder, hub id or release, or "none"')
+    parser.add_argument("--stage-3", help='the x4 upscaler\'s folder, hub id or release, or "none"')
     parser.add_argument(
         "--noise-clip", help='the noise-aware CLIP\'s folder, "glide" for GLIDE\'s, or "none"'
     )
@@ -83,6 +84,7 @@ def cascade_of(arguments: argparse.Namespace) -> Any:
     return Cascade.from_pretrained(
         arguments.model,
         stage_2=arguments.stage_2,
+        stage_3=arguments.stage_3,
         noise_clip=arguments.noise_clip,
         variant=arguments.variant,
         device=arguments.device,

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from .models.configs import UNetConfig
 from .models.t5 import T5Encoder
-from .models.t5_config import T5Config
 from .models.unet import UNet
+from .models.upscaler import AutoencoderConfig, LatentDecoder, UpscalerUNet, UpscalerUNetConfig
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,42 @@ def unet_activations(config: UNetConfig, *, rows: int, size: int, guided: bool, 
         return peak_of(step)
 
 
-def t5_activations(config: T5Config, *, rows: int, tokens: int = 77) -> int:
-    """Bytes that encoding (rows, tokens) needs beyond the weights; the stream is float32 in any dtype."""
+def text_activations(kind: Callable[[C], nn.Module], config: C, *, rows: int, tokens: int = 77) -> int:
+    """Bytes that a text encoder needs beyond its weights for (rows, tokens); T5's stream is float32 in any dtype."""
 
     def encode() -> None:
         with torch.no_grad():
-            encoder(torch.empty(rows, tokens, dtype=torch.int64), torch.ones(rows, tokens, dtype=torch.int64))
+            encoder(torch.empty(rows, tokens, dtype=torch.int64), *more)
 
     with torch.device("meta"):
-        encoder = T5Encoder(config)
+        encoder = kind(config)
+        more = [torch.ones(rows, tokens, dtype=torch.int64)] if isinstance(encoder, T5Encoder) else []
         return peak_of(encode)
+
+
+def upscaler_activations(
+    config: UpscalerUNetConfig, vae: AutoencoderConfig, *, size: int, dtype: torch.dtype
+) -> int:
+    """Bytes that stage III needs beyond its weights: a step of its UNet, or the decoding, if that is more.
+
+    size: the side in px of stage II's pictures, which is that of the latents. One picture and one view at a time,
+    as stage III works.
+    """
+    wide = torch.float32 if vae.force_upcast and dtype == torch.float16 else dtype
+
+    def step() -> None:
+        x = torch.empty(2, config.in_channels, size, size, dtype=dtype)
+        text = torch.empty(2, 77, config.cross_attention_dim, dtype=dtype)
+        with torch.no_grad():
+            unet(x, 0, text, 0)
+
+    def decode() -> None:
+        with torch.no_grad():
+            decoder(torch.empty(1, vae.latent_channels, size, size, dtype=wide))
+
+    with torch.device("meta"), torch.inference_mode(False):
+        unet, decoder = UpscalerUNet(config).to(dtype), LatentDecoder(vae).to(wide)
+        return max(peak_of(step), peak_of(decode))
 
 
 def parameters_of(build: Callable[[], nn.Module]) -> int:

@@ -46,13 +46,15 @@ def find_parts(source: Source, variant: str | None, **named: Source | None) -> P
                 name, recipe, stored = _about(files.path)
     given = own | {part: value for part, value in named.items() if value is not None}
     sources = {part: part_source(given.get(part), part) for part in ("stage_1", *named)}
+    if named.get("stage_3") is None and sources.get("stage_2", "") is None:
+        sources |= {part: None for part in sources if part == "stage_3"}  # it enlarges stage II's pictures
     variants: dict[str, str | None] = {}
     for part in sources:
         value = given.get(part)
         default = stored.get(part) if value == own.get(part) else None
         default = DEFAULT_VARIANT if release_of(value) is not None else default
         chosen = default if variant is None else variant
-        variants[part] = chosen if chosen != FULL and has_variant(sources[part]) else None
+        variants[part] = chosen if chosen != FULL and has_variant(sources[part], part) else None
     return Parts(sources, variants, name, recipe)
 
 

@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from .errors import AnagramError, CapacityError
-from .memory import Machine, machine_of, parameters_of, t5_activations, unet_activations
+from .memory import (
+    Machine,
+    machine_of,
+    parameters_of,
+    text_activations,
+    unet_activations,
+    upscaler_activations,
+)
 from .models import glide
 from .models.configs import UNetConfig
 from .models.loading import index_names, weight_files
@@ -21,7 +29,16 @@ from .models.t5 import T5Encoder
 from .models.t5_config import T5Config
 from .models.t5_streamed import streamed_bytes
 from .models.unet import UNet
-from .releases import PLACES, STAGES, Network, layout_of
+from .models.upscaler import (
+    AutoencoderConfig,
+    CLIPTextConfig,
+    CLIPTextTower,
+    LatentDecoder,
+    LatentEncoder,
+    UpscalerUNet,
+    UpscalerUNetConfig,
+)
+from .releases import PLACES, STAGES, Network, NetworkConfig, layout_of
 from .text import is_too_large
 
 if TYPE_CHECKING:
@@ -32,6 +49,15 @@ if TYPE_CHECKING:
 KEEP_SHARE = 0.75
 # Bytes that a process takes before the first weight: the interpreter with torch, or a CUDA context.
 OVERHEAD = {"cpu": 350 << 20, "cuda": 600 << 20, "mps": 350 << 20}
+# How a network's config.json is read.
+CONFIGS: dict[str, Any] = {
+    "text_encoder": T5Config,
+    "unet_1": UNetConfig,
+    "unet_2": UNetConfig,
+    "text_encoder_3": CLIPTextConfig,
+    "unet_3": UpscalerUNetConfig,
+    "autoencoder_3": AutoencoderConfig,
+}
 FITS, TIGHT, TOO_LARGE, UNKNOWN = "fits", "tight", "too large", "unknown"
 
 
@@ -58,7 +84,7 @@ class PlannedNetwork:
     disk: int | None
     memory: int | None
     files: list[PlannedFile]
-    config: UNetConfig | T5Config | None
+    config: NetworkConfig | None
     streamed: bool = False
 
 
@@ -141,7 +167,9 @@ def make_plan(
     it was trained at. guided: with the anti-segregation's gradient. stages: names of STAGES, None = all that
     the cascade has.
     """
-    networks = [planned for name in _names(cascade) if (planned := plan_network(cascade, name, look_up))]
+    wanted = {member for stage in (STAGES if stages is None else stages) for member in STAGES[stage]}
+    planned = [plan_network(cascade, name, look_up and name in wanted) for name in _names(cascade)]
+    networks = [network for network in planned if network is not None]
     by_name = {network.name: network for network in networks}
     machine = machine_of(cascade.device)
     overhead = OVERHEAD.get(cascade.device.type, 0)
@@ -154,7 +182,17 @@ def make_plan(
         weights = _total([network.memory for network in present])
         activations = None
         if isinstance(main.config, T5Config):
-            activations = t5_activations(main.config, rows=views + 1)
+            activations = text_activations(T5Encoder, main.config, rows=views + 1)
+        elif isinstance(main.config, CLIPTextConfig):
+            activations = text_activations(CLIPTextTower, main.config, rows=views + 1)
+        elif isinstance(main.config, UpscalerUNetConfig):
+            vae = by_name["autoencoder_3"].config
+            if isinstance(vae, AutoencoderConfig):
+                first = by_name["unet_1"].config
+                known = first.sample_size if isinstance(first, UNetConfig) else None
+                activations = upscaler_activations(
+                    main.config, vae, size=4 * (size or known or 64), dtype=cascade.dtype
+                )
         elif isinstance(main.config, UNetConfig):
             side = _side(by_name, main.config, size)
             guide = guided and views > 1 and stage == "stage I"
@@ -189,8 +227,7 @@ def plan_network(cascade: Cascade, name: str, look_up: bool = False) -> PlannedN
     disk: int | None
     tensors: int | None
     if isinstance(files, Folder):
-        parse: Any = T5Config.from_dict if name == "text_encoder" else UNetConfig.from_dict
-        config = read_config(require(files, "config.json"), parse)
+        config = read_config(require(files, "config.json"), CONFIGS[name].from_dict)
         paths = weight_files(files, network.base, variant)
         parameters, disk, tensors = _measured(paths)
         listed = [files.path / "config.json", *paths]
@@ -253,8 +290,9 @@ def _in_memory(
     """Bytes of a network's weights once loaded."""
     if name == "text_encoder" and variant is not None:
         return tensors  # its files mix dtypes on purpose, and are taken as they are
-    half = name == "text_encoder" and cascade.dtype == torch.float16
-    dtype = torch.bfloat16 if half else cascade.dtype
+    dtype = cascade.dtype
+    if dtype == torch.float16 and name in ("text_encoder", "autoencoder_3"):  # what float16 would overflow in
+        dtype = torch.bfloat16 if name == "text_encoder" else torch.float32
     return None if parameters is None else parameters * dtype.itemsize
 
 
@@ -277,17 +315,14 @@ def _measured(paths: Sequence[Path]) -> tuple[int, int, int]:
     return parameters, sum(path.stat().st_size for path in paths), tensors
 
 
-def _hub_config(
-    files: Repository, network: Network, name: str, look_up: bool
-) -> UNetConfig | T5Config | None:
+def _hub_config(files: Repository, network: Network, name: str, look_up: bool) -> NetworkConfig | None:
     """The repository's own config.json where it is cached, or may be fetched; else what is known of it."""
     path = files.cached("config.json")
     if path is None and look_up and network.config is None:
         path = require(files, "config.json")
     if path is None:
         return network.config
-    parse: Any = T5Config.from_dict if name == "text_encoder" else UNetConfig.from_dict
-    return read_config(path, parse)
+    return read_config(path, CONFIGS[name].from_dict)
 
 
 def _hub_names(files: Repository, network: Network, variant: str | None) -> list[str]:
@@ -301,12 +336,17 @@ def _hub_names(files: Repository, network: Network, variant: str | None) -> list
     return network.names(variant)
 
 
-def _count(config: UNetConfig | T5Config | None) -> int | None:
+def _count(config: NetworkConfig | None) -> int | None:
     if config is None:
         return None
-    return parameters_of(
-        (lambda: T5Encoder(config)) if isinstance(config, T5Config) else (lambda: UNet(config))
-    )
+    build: dict[type, Any] = {
+        T5Config: T5Encoder,
+        UNetConfig: UNet,
+        CLIPTextConfig: CLIPTextTower,
+        UpscalerUNetConfig: UpscalerUNet,
+        AutoencoderConfig: lambda c: nn.ModuleList([LatentDecoder(c), LatentEncoder(c)]),
+    }
+    return parameters_of(lambda: build[type(config)](config))
 
 
 def _cached(files: Repository, path: str, size: int | None) -> PlannedFile:

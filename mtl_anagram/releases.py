@@ -16,19 +16,34 @@ from .models.configs import DOWN_TYPES, UP_TYPES, UNetConfig
 from .models.glide import GLIDE
 from .models.sources import Source
 from .models.t5_config import T5Config
+from .models.upscaler.configs import AutoencoderConfig, CLIPTextConfig, UpscalerUNetConfig
+
+NetworkConfig = UNetConfig | T5Config | UpscalerUNetConfig | AutoencoderConfig | CLIPTextConfig
 
 # Which networks work at the same time, and in which order the stages follow each other.
 STAGES = {
     "text": ("text_encoder",),
     "stage I": ("unet_1", "noise_clip"),
     "stage II": ("unet_2", "noise_clip"),
+    "text III": ("text_encoder_3", "noise_clip"),  # before stage I, beside the CLIP that scores
+    "stage III": ("unet_3", "autoencoder_3", "noise_clip"),
 }
 # Where a network lies: the cascade's part, and the subfolder. The noise-aware CLIP has files of its own kind.
 PLACES = {
     "text_encoder": ("stage_1", "text_encoder"),
     "unet_1": ("stage_1", "unet"),
     "unet_2": ("stage_2", "unet"),
+    "text_encoder_3": ("stage_3", "text_encoder"),
+    "unet_3": ("stage_3", "unet"),
+    "autoencoder_3": ("stage_3", "vae"),
 }
+# Which of models.upscaler.Upscaler's networks each of stage III's is.
+UPSCALER_PARTS = {
+    "text_encoder_3": ("text_encoder",),
+    "unet_3": ("unet",),
+    "autoencoder_3": ("decoder", "encoder"),
+}
+WITHOUT_VARIANT = ("stage_3",)  # parts that were published in one precision
 UNET_BASE, TRANSFORMER_BASE = "diffusion_pytorch_model", "model"
 NONE = "none"  # in the place of a source: leave this part out
 
@@ -43,7 +58,7 @@ class Network:
 
     subfolder: str
     base: str
-    config: UNetConfig | T5Config | None = None
+    config: NetworkConfig | None = None
     parameters: int | None = None
     half_bytes: int | None = None
     shards: int = 1
@@ -100,6 +115,20 @@ LAYOUTS = {
         optional=(SCHEDULER,),
     ),
     "stage_2": Layout((Network("unet", UNET_BASE),), optional=(SCHEDULER,)),
+    "stage_3": Layout(
+        (
+            Network("unet", UNET_BASE),
+            Network("vae", UNET_BASE),
+            Network("text_encoder", TRANSFORMER_BASE),
+        ),
+        required=("tokenizer/merges.txt", "tokenizer/vocab.json"),
+        optional=(
+            SCHEDULER,
+            "low_res_scheduler/scheduler_config.json",
+            "tokenizer/special_tokens_map.json",
+            "model_index.json",
+        ),
+    ),
 }
 
 
@@ -148,6 +177,16 @@ T5_XXL = Network(
     shards=2,
 )
 X4_UPSCALER = "stabilityai/stable-diffusion-x4-upscaler"
+X4_UNET = UpscalerUNetConfig(
+    block_out_channels=(256, 512, 512, 1024),
+    down_block_types=("DownBlock2D", *3 * ("CrossAttnDownBlock2D",)),
+    up_block_types=(*3 * ("CrossAttnUpBlock2D",), "UpBlock2D"),
+    cross_attention_dim=1024,
+    only_cross_attention=(True, True, True, False),
+)
+X4_TEXT = CLIPTextConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16
+)
 
 PUBLISHED = {
     "DeepFloyd/IF-I-M-v1.0": _stage_1(192, 384, 576, 768, parameters=371_605_830),
@@ -162,12 +201,12 @@ PUBLISHED = {
     # Stage III; published in float32 only.
     X4_UPSCALER: Layout(
         (
-            Network("unet", UNET_BASE, parameters=473_398_020),
-            Network("vae", UNET_BASE, parameters=55_325_927),
-            Network("text_encoder", TRANSFORMER_BASE, parameters=340_387_840),
+            Network("unet", UNET_BASE, X4_UNET, parameters=473_398_020),
+            Network("vae", UNET_BASE, AutoencoderConfig((128, 256, 512)), parameters=55_325_927),
+            Network("text_encoder", TRANSFORMER_BASE, X4_TEXT, parameters=340_387_840),
         ),
-        required=("tokenizer/merges.txt", "tokenizer/vocab.json"),
-        optional=(SCHEDULER, "low_res_scheduler/scheduler_config.json"),
+        required=LAYOUTS["stage_3"].required,
+        optional=LAYOUTS["stage_3"].optional,
     ),
 }
 RELEASES = {
@@ -193,8 +232,16 @@ def part_source(source: Source | None, part: str) -> Source | None:
     return source if release is None else release.part(part)
 
 
-def has_variant(source: Any) -> bool:
-    """Whether a source may have files of a variant; only of published repositories it is known that they do not."""
+def stages_of(count: int) -> list[str]:
+    """The names in STAGES of what works for a request's first `count` stages."""
+    names = ["text", "stage I", "stage II"][: 1 + count]
+    return [*names, "text III", "stage III"] if count > 2 else names
+
+
+def has_variant(source: Any, part: str) -> bool:
+    """Whether a source may have files of a variant, as far as is known without asking."""
+    if part in WITHOUT_VARIANT:
+        return False
     known = PUBLISHED.get(source) if isinstance(source, str) else None
     return known is None or all(network.half_bytes is not None for network in known.networks)
 

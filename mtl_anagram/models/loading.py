@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -217,12 +217,18 @@ def assemble(
     device: torch.device,
     aliases: Mapping[str, str] | None = None,
     one_dtype: bool = False,
+    ignored: Collection[str] = (),
 ) -> M:
-    """Build a module on the meta device and give it the files' tensors, strictly."""
+    """Build a module on the meta device and give it the files' tensors, strictly.
+
+    aliases: other names for the module's tensors. ignored: tensors by name that the files may hold besides.
+    """
     state: dict[str, Tensor] = {}
     for path in paths:
         for name, tensor in read_safetensors(path).items():
             name = (aliases or {}).get(name, name)
+            if name in ignored:
+                continue
             if name in state and not torch.equal(state[name], tensor):
                 raise WeightsError(f"{path} holds {name} a second time, with other values; download it again")
             state[name] = tensor

@@ -17,8 +17,10 @@ from mtl_anagram import CapacityError, Cascade, InputError, SourceError, generat
 from mtl_anagram.download import HubFile, download, needed_files
 from mtl_anagram.memory import Machine
 from mtl_anagram.models import glide
-from mtl_anagram.releases import LAYOUTS, PUBLISHED, RELEASES
+from mtl_anagram.releases import LAYOUTS, PLACES, PUBLISHED, RELEASES
+from mtl_anagram.sampling import Recipe, UpscaleRecipe
 from tests.unit import tiny
+from tests.unit.tiny_upscaler import write_upscaler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REVISION = "0" * 40
@@ -119,7 +121,8 @@ def hub(cascade_folder, tmp_path, monkeypatch):
 
 
 def if_m(**options):
-    return Cascade.from_pretrained("IF-M", device="cpu", **options)
+    """Without stage III, but where a test names it."""
+    return Cascade.from_pretrained("IF-M", device="cpu", **{"stage_3": "none", **options})
 
 
 NEEDED = [
@@ -163,11 +166,39 @@ def test_a_folder_that_is_a_source_by_itself(hub, tmp_path, monkeypatch):
     cascade = Cascade.from_pretrained(tmp_path / "folder", device="cpu")
     assert (cascade.name, cascade.variants) == (
         "IF-M",
-        {"stage_1": "fp16", "stage_2": "fp16", "noise_clip": "fp16"},
+        {"stage_1": "fp16", "stage_2": "fp16", "stage_3": None, "noise_clip": "fp16"},
     )
     assert generate_anagram(*WORDS, tmp_path / "out", **SMALL, model=cascade)
     assert len(hub.asked) == len(NEEDED)
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_releases_stage_three(hub, tmp_path, monkeypatch):
+    repo_id = RELEASES["IF-M"].stage_3
+    shutil.rmtree(hub.root / repo_id)
+    write_upscaler(hub.root / repo_id)
+    (hub.root / repo_id / "x4-upscaler-ema.ckpt").write_bytes(b"never fetched")
+    monkeypatch.setattr("mtl_anagram.releases.PUBLISHED", {})
+    options = {"noise_clip": "none", "stage_3": "IF-M", "keep": "one"}
+    download(if_m(**options))
+    asked = {name.removeprefix(f"{repo_id}/") for name in hub.asked if name.startswith(repo_id)}
+    there = {
+        p.relative_to(hub.root / repo_id).as_posix() for p in (hub.root / repo_id).rglob("*") if p.is_file()
+    }
+    assert asked == there - {"x4-upscaler-ema.ckpt"}
+    download(if_m(**options), tmp_path / "folder")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    request = {**SMALL, "recipe": Recipe.plain(), "upscale": UpscaleRecipe(num_inference_steps=1)}
+    pictures = []
+    for i, cascade in enumerate(
+        [if_m(**options), Cascade.from_pretrained(tmp_path / "folder", device="cpu")]
+    ):
+        (made,) = generate_anagram(*WORDS, tmp_path / f"out{i}", **request, model=cascade)
+        pictures.append(made.pictures[256].read_bytes())
+        if i == 0:
+            held = [name for name in (*PLACES, "noise_clip") if cascade._holds(name)]
+            assert held == ["unet_3", "autoencoder_3"]  # keep="one": nothing else is left
+    assert pictures[0] == pictures[1]
 
 
 def test_the_full_files_and_mixed_parts(hub, tmp_path):

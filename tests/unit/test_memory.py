@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import mtl_anagram.memory as module
-from mtl_anagram.memory import Machine, machine_of, peak_of, t5_activations, unet_activations
+from mtl_anagram.memory import Machine, machine_of, peak_of, text_activations, unet_activations
 from mtl_anagram.models.configs import UNetConfig
+from mtl_anagram.models.t5 import T5Encoder
 from mtl_anagram.models.t5_config import T5Config
 from tests.unit.tiny import STAGE_1, STAGE_2
 
@@ -107,7 +108,7 @@ def test_the_estimate_grows_as_the_work_does():
     assert needs(guided=True) > 1.5 * needs()
     assert needs(tiny_2, size=256) > 4 * needs()
     t5 = T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    assert 1.9 < t5_activations(t5, rows=8) / t5_activations(t5, rows=4) < 2.1
+    assert 1.9 < text_activations(T5Encoder, t5, rows=8) / text_activations(T5Encoder, t5, rows=4) < 2.1
 
 
 def test_the_machines_memory():

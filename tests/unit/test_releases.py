@@ -35,9 +35,10 @@ def test_what_each_name_means(name, first, second, tmp_path, monkeypatch):
     assert cascade.sources == {
         "stage_1": f"DeepFloyd/{first}-v1.0",
         "stage_2": f"DeepFloyd/{second}-v1.0",
+        "stage_3": X4_UPSCALER,
         "noise_clip": GLIDE,
     }
-    assert cascade.variants == dict.fromkeys(cascade.sources, "fp16")
+    assert cascade.variants == {**dict.fromkeys(cascade.sources, "fp16"), "stage_3": None}
     assert RELEASES[name].stage_3 == X4_UPSCALER
     assert make(name, variant="fp32").variants == dict.fromkeys(cascade.sources)
 
@@ -112,15 +113,17 @@ def test_mixed_parts(cascade_folder, tmp_path, monkeypatch):
     assert mixed.sources == {
         "stage_1": "DeepFloyd/IF-I-M-v1.0",
         "stage_2": "DeepFloyd/IF-II-L-v1.0",
+        "stage_3": X4_UPSCALER,
         "noise_clip": cascade_folder / "noise_clip",
     }
-    assert mixed.variants == {"stage_1": "fp16", "stage_2": "fp16", "noise_clip": None}
+    assert mixed.variants == {"stage_1": "fp16", "stage_2": "fp16", "stage_3": None, "noise_clip": None}
     own = make(cascade_folder, stage_2="IF-L")
     assert (own.sources["stage_2"], own.variants["stage_2"]) == ("DeepFloyd/IF-II-L-v1.0", "fp16")
     assert (own.sources["stage_1"], own.variants["stage_1"]) == (cascade_folder / "stage_1", None)
     assert own.name == "tiny"
     by_id = make("DeepFloyd/IF-I-L-v1.0", stage_2="IF-L")
-    assert by_id.variants == {"stage_1": None, "stage_2": "fp16", "noise_clip": None}
+    assert by_id.variants == {"stage_1": None, "stage_2": "fp16", "stage_3": None, "noise_clip": None}
+    assert make("DeepFloyd/IF-I-L-v1.0", stage_3="IF-L").sources["stage_3"] == X4_UPSCALER
     assert make("IF-M", stage_2=cascade_folder / "stage_2").variants["stage_2"] is None
 
 
@@ -128,7 +131,7 @@ def test_parts_can_be_left_out(cascade_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source in ("IF-M", cascade_folder):
         bare = make(source, stage_2="none", noise_clip="none")
-        assert (bare.has_stage_2, bare.has_noise_clip) == (False, False)
+        assert (bare.has_stage_2, bare.has_stage_3, bare.has_noise_clip) == (False, False, False)
         with pytest.raises(InputError, match="has no stage_2"):
             _ = bare.unet_2
 
@@ -144,7 +147,8 @@ def test_a_part_that_is_published_in_full_only_has_no_variant(tmp_path, monkeypa
 def test_variants_in_cascade_json(tmp_path):
     folder = tiny.write_cascade(tmp_path / "own")
     (folder / "cascade.json").write_text('{"name": "own", "variants": {"stage_1": "fp16", "stage_2": null}}')
-    assert make(folder).variants == {"stage_1": "fp16", "stage_2": None, "noise_clip": None}
+    expected = {"stage_1": "fp16", "stage_2": None, "stage_3": None, "noise_clip": None}
+    assert make(folder).variants == expected
     assert make(folder, variant="fp32").variants["stage_1"] is None
     (folder / "cascade.json").write_text('{"name": "own", "variants": {"stage_1": 16}}')
     with pytest.raises(ConfigError, match="variants=.*by part"):
@@ -167,10 +171,19 @@ def test_a_named_release_touches_no_hub(tmp_path, monkeypatch):
         ("text_encoder", 4_762_310_656),
         ("unet_1", 371_605_830),
         ("unet_2", 461_064_198),
+        ("text_encoder_3", 340_387_840),
+        ("unet_3", 473_398_020),
+        ("autoencoder_3", 55_325_927),
         ("noise_clip", 158_123_264),
     ]
     assert not any(file.present for network in plan.networks for file in network.files)
-    assert [stage.name for stage in plan.stages] == ["text", "stage I", "stage II"]
+    assert [stage.name for stage in plan.stages] == [
+        "text",
+        "stage I",
+        "stage II",
+        "text III",
+        "stage III",
+    ]
     assert all(stage.activations > 0 for stage in plan.stages)
     assert list(tmp_path.iterdir()) == []
 
