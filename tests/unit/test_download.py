@@ -258,9 +258,15 @@ def listed(hub, part):
 def test_a_machine_that_is_too_small(hub, monkeypatch):
     monkeypatch.setattr(planning, "machine_of", lambda device: Machine("cpu", 8 << 30, 8 << 30))
     with pytest.raises(CapacityError, match="IF-M: text needs about 12.0 GB on cpu.*there are 8.6 GB"):
-        download(if_m())
+        download(if_m(text_encoder="whole"))
     with pytest.raises(CapacityError, match="IF-M: text needs"):
-        generate_anagram(*WORDS, "out", **SMALL, model=if_m())
+        generate_anagram(*WORDS, "out", **SMALL, model=if_m(text_encoder="whole"))
+    streamed = if_m()  # in the place of 12 GB
+    streamed.check_memory()
+    text, *others = streamed.plan().networks
+    assert text.streamed
+    assert text.memory < 0.5e9
+    assert not any(network.streamed for network in others)
     assert not any(name.endswith("safetensors") for name in hub.asked)
     hub.asked.clear()
     download(if_m(ignore_memory=True))
