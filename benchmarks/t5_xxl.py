@@ -35,7 +35,7 @@ def write_checkpoint(folder: Path, layers: int) -> int:
     """A random encoder in the published layout of the fp16 variant; returns its number of parameters."""
     import torch
 
-    from mtl_anagram.media import write_atomically
+    from mtl_anagram.atomic import write_atomically
     from mtl_anagram.models import T5Config, T5Encoder
     from mtl_anagram.models.shards import buffer_of
 

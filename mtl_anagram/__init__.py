@@ -5,23 +5,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cascade import Cascade
-    from .errors import AnagramError, ConfigError, InputError, SourceError, WeightsError
+    from .errors import AnagramError, CapacityError, ConfigError, InputError, SourceError, WeightsError
     from .evaluation import Protocol, evaluate
     from .generate import generate_anagram, repeat_anagram
     from .output import Anagram
-    from .sampling import Recipe
+    from .sampling import Recipe, UpscaleRecipe
     from .views import View, get_views
 
 __version__ = "0.1.0"
 __all__ = [
     "Anagram",
     "AnagramError",
+    "CapacityError",
     "Cascade",
     "ConfigError",
     "InputError",
     "Protocol",
     "Recipe",
     "SourceError",
+    "UpscaleRecipe",
     "View",
     "WeightsError",
     "evaluate",
@@ -35,6 +37,7 @@ _HOMES = {
     "Cascade": "cascade",
     "Protocol": "evaluation",
     "Recipe": "sampling",
+    "UpscaleRecipe": "sampling",
     "View": "views",
     "evaluate": "evaluation",
     "generate_anagram": "generate",

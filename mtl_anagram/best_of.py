@@ -68,8 +68,8 @@ def best_of(
         raise InputError(
             f"the cascade {cascade.name} has no noise-aware CLIP to choose by: name its folder with noise_clip="
         )
-    stop_after = arguments.pop("stop_after", None)
-    side = (cascade.unet_1.config.sample_size or 64) if size is None else size
+    last = {name: arguments.pop(name, None) for name in ("stop_after", "upscale")}
+    side = (cascade.layout(1).config.sample_size or 64) if size is None else size
     common: dict[str, Any] = {"view_args": view_args, "model": cascade, "size": size, **arguments}
     made = generate_anagram(
         style, prompts, views, Path(save_dir) / CANDIDATES, device, list(range(seed, seed + count)),
@@ -88,6 +88,6 @@ def best_of(
         candidates.append(Candidate(anagram, *(value.item() for value in values)))
     candidates.sort(key=lambda candidate: -candidate.score)
     best = generate_anagram(
-        style, prompts, views, save_dir, device, candidates[0].anagram.seed, stop_after=stop_after, **common
+        style, prompts, views, save_dir, device, candidates[0].anagram.seed, **last, **common
     )[0]
     return best, candidates

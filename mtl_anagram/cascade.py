@@ -6,26 +6,36 @@ import gc
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .checks import choice
+from .checks import choice, flag, whole_number
 from .devices import resolve_device, resolve_dtype
-from .errors import ConfigError, InputError, SourceError
+from .errors import AnagramError, InputError, SourceError
 from .models import load_noise_clip, load_t5, load_tokenizer, load_unet
-from .models.loading import MERGES, weight_files
+from .models.configs import UNetConfig
+from .models.glide import MERGES, open_noise_clip
+from .models.loading import check_unet_files, weight_files
 from .models.noise_clip import NoiseCLIP
-from .models.sources import Folder, Source, open_source, read_config, read_json
+from .models.sources import Folder, Source, open_source, read_config, require
 from .models.t5 import T5Encoder
 from .models.tokenizers import T5Tokenizer
 from .models.unet import UNet
+from .models.upscaler import Upscaler, load_upscaler
+from .parts import find_parts
 from .prompt_cache import PromptCache
+from .releases import LAYOUTS, PLACES, STAGES, UPSCALER_PARTS, WITHOUT_VARIANT, stages_of
 from .sampling import Recipe, Schedule
 from .text import MODES, streams, text_files
 
+if TYPE_CHECKING:
+    from .planning import Plan
+
+KEEP = ("auto", "all", "one")
 MAX_TOKENS = 77
 
 
@@ -43,12 +53,17 @@ def embedded_folder() -> Path:
 class Cascade:
     """The models of one cascade. Nothing is read before it is needed; `release()` gives the memory back.
 
+    keep: "all" networks stay in memory; "one": a network's loading releases those that never work beside it
+    (releases.STAGES), so that the largest stage decides what memory is needed; "auto": all, if this machine
+    has the memory for that when the first is loaded, else one. What is sampled does not depend on it. A network
+    that the machine cannot hold is a CapacityError before its files are downloaded, unless ignore_memory.
+
     text_encoder: "whole" loads T5, "streamed" runs it from its files with half a gigabyte of memory, "auto" takes
     the second where the first does not fit what is free. prompt_cache: a folder (or a PromptCache) where
     prompts' states are kept, so that the text encoder is loaded for new prompts only; None = no cache.
 
-    Attributes: device, dtype (of the networks), recipe (what the cascade's makers recommend), name, and
-    has_stage_2 and has_noise_clip, which say what the cascade holds.
+    Attributes: device, dtype (of the networks), recipe (what the cascade's makers recommend), name, sources and
+    variants (by part), and has_stage_2, has_stage_3 and has_noise_clip, which say what the cascade holds.
     """
 
     def __init__(
@@ -56,16 +71,21 @@ class Cascade:
         stage_1: Source,
         *,
         stage_2: Source | None = None,
+        stage_3: Source | None = None,
         noise_clip: Source | None = None,
         name: str | None = None,
         recipe: Recipe | None = None,
-        variant: str | None = None,
+        variant: str | Mapping[str, str | None] | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        keep: str = "auto",
+        ignore_memory: bool = False,
         text_encoder: str = "auto",
         prompt_cache: PromptCache | str | Path | None = None,
     ) -> None:
-        self._text_mode = choice("text_encoder", text_encoder, MODES)
+        self.keep = choice("keep", keep, KEEP)
+        self.ignore_memory = flag("ignore_memory", ignore_memory)
+        self.text_mode = choice("text_encoder", text_encoder, MODES)
         if prompt_cache is not None and not isinstance(prompt_cache, PromptCache):
             prompt_cache = PromptCache(prompt_cache)
         self.prompt_cache = prompt_cache
@@ -75,8 +95,16 @@ class Cascade:
         self.dtype = resolve_dtype(dtype) or default
         self.name = str(stage_1) if name is None else name
         self.recipe = Recipe.released() if recipe is None else recipe
-        self.variant = variant
-        self._sources = {"stage_1": stage_1, "stage_2": stage_2, "noise_clip": noise_clip}
+        self.sources = {
+            "stage_1": stage_1,
+            "stage_2": stage_2,
+            "stage_3": stage_3,
+            "noise_clip": noise_clip,
+        }
+        if not isinstance(variant, Mapping):
+            variant = dict.fromkeys((part for part in self.sources if part not in WITHOUT_VARIANT), variant)
+        self.variants = {part: variant.get(part) for part in self.sources}
+        self._keeps_all: bool | None = None if keep == "auto" else keep == "all"
         self._models: dict[str, Any] = {}
 
     @classmethod
@@ -85,62 +113,65 @@ class Cascade:
         source: Source | None = None,
         *,
         stage_2: Source | None = None,
+        stage_3: Source | None = None,
         noise_clip: Source | None = None,
         variant: str | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        keep: str = "auto",
+        ignore_memory: bool = False,
         text_encoder: str = "auto",
         prompt_cache: PromptCache | str | Path | None = None,
     ) -> Cascade:
-        """A cascade from a folder or a hub id; None = the embedded one.
+        """A cascade from a release's name, a folder or a hub id; None = the embedded one.
 
-        A folder holds either `stage_1/` (and `stage_2/`, `noise_clip/`, `cascade.json`), as the embedded
-        cascade's does, or one release of stage I (`unet/`, `text_encoder/`, `tokenizer/`), as a hub id does;
-        `stage_2` and `noise_clip` then name the other parts' folders or ids. device None = the best there is;
-        dtype None = float16 on CUDA, else float32. text_encoder and prompt_cache: as the class says. Lazy: only
-        small JSON files are read here.
+        The names are those of `mtl_anagram.releases.RELEASES`: "IF-M", "IF-L", "IF-XL". A folder of that name goes
+        before it. A name in the place of stage_2, stage_3 or noise_clip means that release's part, "none"
+        leaves a part out. variant: "fp16", or "fp32" = the files without a variant; None = fp16 for what a
+        release's name stands for, else fp32.
+
+        A folder holds either `stage_1/` (and `stage_2/`, `stage_3/`, `noise_clip/`, `cascade.json`), as the
+        embedded cascade's does, or one release of stage I (`unet/`, `text_encoder/`, `tokenizer/`), as a hub id
+        does; `stage_2`, `stage_3` (the x4 upscaler) and `noise_clip` then name the other parts' folders or ids.
+        device None = the best there is; dtype None = float16 on CUDA, else float32. The other arguments: as the
+        class says. Lazy: only small JSON files are read here.
         """
-        places: dict[str, Any] = {"variant": variant, "device": device, "dtype": dtype}
-        places |= {"text_encoder": text_encoder, "prompt_cache": prompt_cache}
-        if source is None:
-            source = embedded_folder()
-        files = open_source(source, None, "cascade.json")
-        if not isinstance(files, Folder):
-            return cls(source, stage_2=stage_2, noise_clip=noise_clip, **places)
-        folder = files.path
-        about = read_json(folder / "cascade.json") if (folder / "cascade.json").is_file() else {}
-        if not (folder / "stage_1").is_dir():
-            if not (folder / "unet").is_dir():
-                raise SourceError(
-                    f"{folder} is no cascade: it has neither stage_1/ nor unet/ ({files.listing()}); give the "
-                    "folder of a release"
-                )
-            return cls(folder, stage_2=stage_2, noise_clip=noise_clip, **places)
-        name = about.get("name", folder.name)
-        if not isinstance(name, str):
-            raise ConfigError(f"{folder / 'cascade.json'}: name={name!r} must be a string; change it back")
-        recipe = None
-        if about.get("recipe") is not None:
-            recipe = read_config(folder / "cascade.json", lambda content: Recipe.from_dict(content["recipe"]))
-        inner = {
-            part: folder / part if (folder / part).is_dir() else None for part in ("stage_2", "noise_clip")
-        }
+        found = find_parts(
+            embedded_folder() if source is None else source,
+            variant,
+            stage_2=stage_2,
+            stage_3=stage_3,
+            noise_clip=noise_clip,
+        )
         return cls(
-            folder / "stage_1",
-            stage_2=inner["stage_2"] if stage_2 is None else stage_2,
-            noise_clip=inner["noise_clip"] if noise_clip is None else noise_clip,
-            name=name,
-            recipe=recipe,
-            **places,
+            **found.sources,  # type: ignore[arg-type]
+            name=found.name,
+            recipe=found.recipe,
+            variant=found.variants,
+            device=device,
+            dtype=dtype,
+            keep=keep,
+            ignore_memory=ignore_memory,
+            text_encoder=text_encoder,
+            prompt_cache=prompt_cache,
         )
 
     @property
+    def variant(self) -> str | None:
+        """Of stage I's weight files."""
+        return self.variants["stage_1"]
+
+    @property
     def has_stage_2(self) -> bool:
-        return self._sources["stage_2"] is not None
+        return self.sources["stage_2"] is not None
+
+    @property
+    def has_stage_3(self) -> bool:
+        return self.sources["stage_3"] is not None
 
     @property
     def has_noise_clip(self) -> bool:
-        return self._sources["noise_clip"] is not None
+        return self.sources["noise_clip"] is not None
 
     @property
     def tokenizer(self) -> T5Tokenizer:
@@ -148,10 +179,7 @@ class Cascade:
 
     @property
     def text_encoder(self) -> T5Encoder:
-        options: dict[str, Any] = {"variant": self.variant, "dtype": self._text_dtype, "device": self.device}
-        if self._streams_text():
-            options["streamed"] = True
-        return self._once("text_encoder", lambda: load_t5(self._source("stage_1"), **options))
+        return self._once("text_encoder", self._text_encoder)
 
     @property
     def unet_1(self) -> UNet:
@@ -160,6 +188,20 @@ class Cascade:
     @property
     def unet_2(self) -> UNet:
         return self._once("unet_2", lambda: self._unet("stage_2"))
+
+    @property
+    def upscaler(self) -> Upscaler:
+        """Stage III, whose parts are in turn loaded when first needed."""
+        return self._once(
+            "upscaler",
+            lambda: load_upscaler(
+                self._source("stage_3"),
+                variant=self.variants["stage_3"],
+                dtype=self.dtype,
+                device=self.device,
+                before=lambda part: self._make_room(next(n for n, p in UPSCALER_PARTS.items() if part in p)),
+            ),
+        )
 
     @property
     def noise_clip(self) -> NoiseCLIP:
@@ -189,9 +231,79 @@ class Cascade:
             states = self.prompt_cache.states(texts, self._text_identity(), self._states).to(self.device)
         return states[:-1], states[-1:]
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all networks stay in memory; decided for keep="auto" when it is first asked for."""
+        if self._keeps_all is None:
+            from .planning import keeps_all
+
+            try:
+                self._keeps_all = keeps_all(self)
+            except AnagramError:  # files that do not load: their loading says it better
+                return False
+        return self._keeps_all
+
+    def plan(
+        self, *, views: int = 2, batch_size: int = 1, size: int | None = None, look_up: bool = True
+    ) -> Plan:
+        """What the cascade needs and what the machine has: planning.Plan. Loads nothing.
+
+        For batch_size pictures of that many views, stage I at size px (None = what it was trained at).
+        Published repositories need no hub; of others config.json is fetched if look_up.
+        """
+        from .planning import make_plan
+
+        whole_number("views", views, 1)
+        whole_number("batch_size", batch_size, 1)
+        return make_plan(self, views=views, batch_size=batch_size, size=size, look_up=look_up)
+
+    def check_memory(
+        self, *, views: int = 2, batch_size: int = 1, sizes: Sequence[int] | None = None, guided: bool = True
+    ) -> None:
+        """CapacityError where this machine cannot hold a stage with its activations, unless ignore_memory.
+
+        sizes: the side in px of each stage that will run, None = all stages at the sides they were trained at.
+        Of repositories that are no release's, config.json is fetched.
+        """
+        from .planning import is_small, make_plan
+
+        if self.ignore_memory or is_small(self):
+            return
+        stages = stages_of(3 if sizes is None else len(sizes))
+        if self.prompt_cache is not None:
+            stages.remove("text")  # the prompts' states may all be there; else T5's loading checks by itself
+        plan = make_plan(
+            self,
+            views=views,
+            batch_size=batch_size,
+            size=None if sizes is None else sizes[0],
+            guided=guided,
+            stages=stages,
+            look_up=True,
+        )
+        plan.check()
+        if self._keeps_all is None:
+            self._keeps_all = plan.keep == "all"
+
+    def layout(self, stage: int) -> UNet:
+        """Stage 1's or 2's UNet without weights, on the meta device: from config.json alone."""
+        loaded = self._models.get(f"unet_{stage}")
+        return loaded or self._once(f"layout_{stage}", lambda: self._layout(f"stage_{stage}"))
+
+    def prepare(self, stages: int) -> None:
+        """Load the UNets of the first stages where all can stay; else check the files of all but the values."""
+        for stage in range(1, stages + 1):
+            if self.keeps_all:
+                getattr(self, f"unet_{stage}")
+            else:
+                part = f"stage_{stage}"
+                check_unet_files(self._source(part), variant=self.variants[part])
+
     def release(self, *names: str) -> None:
         """Forget models ("text_encoder", "unet_1", ...; none named = all) and give their memory back."""
         for name in names or tuple(self._models):
+            if name in UPSCALER_PARTS and "upscaler" in self._models:
+                self._models["upscaler"].release(*UPSCALER_PARTS[name])
             self._models.pop(name, None)
         gc.collect()
         if self.device.type == "cuda":
@@ -201,8 +313,17 @@ class Cascade:
         """sha256 of every file that a picture depends on, by part and name (read once, then remembered)."""
         return self._once("checksums", self._checksums)
 
+    def upscaler_checksums(self) -> dict[str, str]:
+        """The same for stage III, by itself: pictures that end before it do not depend on it."""
+        return self._once(
+            "upscaler_checksums",
+            lambda: {
+                f"stage_3/{name}": self._checksum(p) for name, p in sorted(self.upscaler.files().items())
+            },
+        )
+
     def _source(self, part: str) -> Source:
-        source = self._sources[part]
+        source = self.sources[part]
         if source is None:
             raise InputError(f"the cascade {self.name} has no {part}: name its folder or hub id with {part}=")
         return source
@@ -215,7 +336,7 @@ class Cascade:
         return open_source(self._source(part), subfolder, name).get(name)
 
     @property
-    def _text_dtype(self) -> torch.dtype | None:
+    def text_dtype(self) -> torch.dtype | None:
         """What T5's weights are read as, None = as they are stored."""
         # T5's feed-forward overflows in float16; the published fp16 variant keeps that part in float32,
         # other files are read as bfloat16 instead.
@@ -223,14 +344,25 @@ class Cascade:
             return None
         return torch.bfloat16 if self.dtype == torch.float16 else self.dtype
 
+    def _text_encoder(self) -> T5Encoder:
+        options: dict[str, Any] = {"variant": self.variant, "dtype": self.text_dtype, "device": self.device}
+        if self._streams_text():
+            options["streamed"] = True
+        return load_t5(self._source("stage_1"), **options)
+
+    @property
+    def streams_text(self) -> bool | None:
+        """Whether the text encoder runs from its files; None = not decided before its files are looked at."""
+        return self._models.get("streams_text") if self.text_mode == "auto" else self.text_mode == "streamed"
+
     def _streams_text(self) -> bool:
         return self._once(
             "streams_text",
             lambda: streams(
-                self._text_mode,
+                self.text_mode,
                 self._source("stage_1"),
                 variant=self.variant,
-                dtype=self._text_dtype,
+                dtype=self.text_dtype,
                 device=self.device,
             ),
         )
@@ -244,9 +376,9 @@ class Cascade:
         """What states depend on besides their text: files, lengths, and how they are computed and kept."""
         files = text_files(self._source("stage_1"), self.variant)
         checksums = {name: self._checksum(path) for name, path in files.items()}
-        computed = f"{self._text_dtype}, {'streamed' if self._streams_text() else 'whole'}"
-        if self._text_dtype is not None:
-            computed = str(self._text_dtype)  # the same numbers either way
+        computed = f"{self.text_dtype}, {'streamed' if self._streams_text() else 'whole'}"
+        if self.text_dtype is not None:
+            computed = str(self.text_dtype)  # the same numbers either way
         return {
             "weights": combined_checksum(checksums),
             "computed": computed,
@@ -258,34 +390,62 @@ class Cascade:
         return _sha256(path) if self.prompt_cache is None else self.prompt_cache.checksum(path, _sha256)
 
     def _unet(self, part: str) -> UNet:
-        return load_unet(self._source(part), variant=self.variant, dtype=self.dtype, device=self.device)
+        return load_unet(
+            self._source(part), variant=self.variants[part], dtype=self.dtype, device=self.device
+        )
+
+    def _layout(self, part: str) -> UNet:
+        files = open_source(self._source(part), "unet", "config.json")
+        config = read_config(require(files, "config.json"), UNetConfig.from_dict)
+        with torch.device("meta"):
+            return UNet(config)
 
     def _once(self, name: str, load: Any) -> Any:
         if name not in self._models:
+            if name in PLACES or name == "noise_clip":
+                self._make_room(name)
             # Weights loaded inside inference_mode could not take part in the anti-segregation's gradient.
             with torch.inference_mode(False), torch.no_grad():
                 self._models[name] = load()
         return self._models[name]
 
+    def _make_room(self, name: str) -> None:
+        """Before a network is loaded: the machine must be able to hold it; what never works beside it goes."""
+        self._source(PLACES.get(name, (name,))[0])  # a part that the cascade has not is an error by itself
+        if not self.ignore_memory:
+            from .planning import check_network
+
+            check_network(self, name)
+        if not self.keeps_all:
+            company = {member for stage in STAGES.values() if name in stage for member in stage}
+            others = [
+                other for other in (*PLACES, "noise_clip") if other not in company and self._holds(other)
+            ]
+            if others:
+                self.release(*others)
+
+    def _holds(self, name: str) -> bool:
+        """Whether a network is in memory."""
+        upscaler = self._models.get("upscaler")
+        if name in UPSCALER_PARTS:
+            return upscaler is not None and any(map(upscaler.holds, UPSCALER_PARTS[name]))
+        return name in self._models
+
     def _checksums(self) -> dict[str, str]:
         found: dict[str, Path] = {}
-        for part in ("stage_1", "stage_2"):
-            if self._sources[part] is None:
+        for part, layout in LAYOUTS.items():
+            if self.sources[part] is None or part == "stage_3":  # upscaler_checksums
                 continue
-            models = [("unet", "diffusion_pytorch_model")]
-            models += [("text_encoder", "model")] if part == "stage_1" else []
-            for subfolder, base in models:
-                files = open_source(self._source(part), subfolder, "config.json")
-                paths = [files.get("config.json"), *weight_files(files, base, self.variant)]
-                found |= {f"{part}/{subfolder}/{p.name}": p for p in paths if p is not None}
-            optional = [("scheduler", "scheduler_config.json")]
-            optional += [("tokenizer", "spiece.model")] if part == "stage_1" else []
-            for subfolder, name in optional:
-                path = self._optional(part, subfolder, name)
+            for network in layout.networks:
+                files = open_source(self._source(part), network.subfolder, "config.json")
+                paths = [files.get("config.json"), *weight_files(files, network.base, self.variants[part])]
+                found |= {f"{part}/{network.subfolder}/{p.name}": p for p in paths if p is not None}
+            for small in (*layout.required, *layout.optional):
+                path = self._optional(part, *small.split("/"))
                 if path is not None:
-                    found[f"{part}/{subfolder}/{name}"] = path
+                    found[f"{part}/{small}"] = path
         if self.has_noise_clip:
-            files = open_source(self._source("noise_clip"), None, "clip_image_enc.safetensors")
+            files = open_noise_clip(self._source("noise_clip"))
             groups = [
                 [f"{tower}.safetensors", f"{tower}.pt"] for tower in ("clip_image_enc", "clip_text_enc")
             ]

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from .cli_models import add_model_commands, add_sources, cascade_of
+
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
@@ -46,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         help="sample pictures from prompts and views",
         description="Sample pictures that read as the i-th prompt under the i-th view, and write "
-        "OUT/SEED/sample_64.png, sample_64.views.png and metadata.json (and 256 px where the model has a stage II).",
+        "OUT/SEED/sample_64.png, sample_64.views.png and metadata.json (and 256 px where the model has a stage II, "
+        "1024 px where it has a stage III too).",
     )
     generate.add_argument(
         "prompts", nargs="+", metavar="PROMPT", help="one per view; [brackets] mark the concept"
@@ -73,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
             help="switch, over the recipe",
         )
     generate.add_argument("--size", type=int, help="stage I's side in px (default: what it was trained at)")
-    generate.add_argument("--stop-after", type=int, metavar="PX", help="64: stage I alone")
+    generate.add_argument("--stop-after", type=int, metavar="PX", help="64: stage I alone; 256: no stage III")
     generate.add_argument("--batch-size", type=int, default=4, help="seeds sampled at once (default: 4)")
     generate.add_argument(
         "--best-of",
@@ -82,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         help="sample N seeds from --seed on, keep the best by the model's CLIP",
     )
     generate.add_argument("--overwrite", action="store_true", help="replace another request's pictures")
+    _stage_3(generate)
     _where(generate)
     generate.set_defaults(run=_generate)
 
@@ -90,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     repeat.add_argument("--overwrite", action="store_true", help="replace another request's pictures")
     _where(repeat)
     repeat.set_defaults(run=_repeat)
+    add_model_commands(commands)
 
     from . import cli_evaluate
 
@@ -101,27 +106,36 @@ RECIPES = ("released", "corrected", "plain")
 TECHNIQUES = ("balancing", "rectification", "anti_segregation")
 
 
+def _stage_3(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("stage III")
+    group.add_argument("--stage-3-steps", type=int, metavar="N", help="1 to 999 (default: 75)")
+    group.add_argument("--stage-3-guidance-scale", type=float, metavar="SCALE", help="default: 9")
+    group.add_argument("--stage-3-noise-level", type=int, metavar="N", help="0 to 350 (default: 0)")
+    group.add_argument(
+        "--stage-3-views",
+        choices=("first", "all", "all_latents"),
+        help="first: the first prompt alone, as released (default); all: every view's prompt, through pixels; "
+        "all_latents: the same on latents, cheap and approximate",
+    )
+    group.add_argument(
+        "--stage-3-exchange-every", type=int, metavar="N", help="steps between all's averages (default: 1)"
+    )
+
+
+def _upscale(arguments: argparse.Namespace) -> Any:
+    """The stage III options as an UpscaleRecipe, None where none is given."""
+    from .sampling import UpscaleRecipe
+
+    names = {"num_inference_steps": "steps"}
+    names |= {name: name for name in ("guidance_scale", "noise_level", "views", "exchange_every")}
+    given = {name: getattr(arguments, f"stage_3_{option}") for name, option in names.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    return UpscaleRecipe(**given) if given else None
+
+
 def _where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="output", metavar="FOLDER", help="default: output")
-    parser.add_argument("--model", help="a folder or a hub id of stage I (default: the embedded cascade)")
-    parser.add_argument("--stage-2", help="stage II's folder or hub id, where --model has none")
-    parser.add_argument("--noise-clip", help="the noise-aware CLIP's folder, where --model has none")
-    parser.add_argument("--variant", help="of the weight files, such as fp16")
-    parser.add_argument("--device", help="cpu, cuda, cuda:0, mps (default: the best there is)")
-    parser.add_argument(
-        "--dtype", help="float32, float16 or bfloat16 (default: float16 on CUDA, else float32)"
-    )
-    parser.add_argument(
-        "--text-encoder",
-        default="auto",
-        choices=("auto", "whole", "streamed"),
-        help="load T5, or run it from its files with little memory (default: the first, where it fits)",
-    )
-    parser.add_argument(
-        "--prompt-cache",
-        metavar="FOLDER",
-        help="keep prompts' states there: T5 then runs for new prompts only",
-    )
+    add_sources(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the files' names")
 
 
@@ -134,13 +148,14 @@ def _generate(arguments: argparse.Namespace) -> int:
     view_args = _view_args(arguments.view_args)
     if arguments.best_of is not None and len(seeds) > 1:
         raise InputError(f"--best-of {arguments.best_of} takes one --seed, the first of its seeds")
-    cascade = _cascade(arguments)
+    cascade = cascade_of(arguments)
     request = (arguments.style, arguments.prompts, arguments.views, arguments.out)
     options: dict[str, Any] = {
         "noise_level": arguments.noise_level,
         "view_args": view_args,
         "model": cascade,
         "recipe": _recipe(arguments, cascade),
+        "upscale": _upscale(arguments),
         "concepts": arguments.concepts,
         "stop_after": arguments.stop_after,
         "size": arguments.size,
@@ -171,7 +186,7 @@ def _repeat(arguments: argparse.Namespace) -> int:
     anagram = repeat_anagram(
         arguments.metadata,
         arguments.out,
-        model=_cascade(arguments),
+        model=cascade_of(arguments),
         progress=not arguments.quiet,
         overwrite=arguments.overwrite,
     )
@@ -183,21 +198,6 @@ def _report(anagram: Any) -> None:
     for path in anagram.pictures.values():
         views = path.with_name(f"{path.stem}.views.png")
         print(f"{path}  {views.name}{'  (was there)' if anagram.skipped else ''}")
-
-
-def _cascade(arguments: argparse.Namespace) -> Any:
-    from .cascade import Cascade
-
-    return Cascade.from_pretrained(
-        arguments.model,
-        stage_2=arguments.stage_2,
-        noise_clip=arguments.noise_clip,
-        variant=arguments.variant,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        text_encoder=arguments.text_encoder,
-        prompt_cache=arguments.prompt_cache,
-    )
 
 
 def _recipe(arguments: argparse.Namespace, cascade: Any) -> Any:

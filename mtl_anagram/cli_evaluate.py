@@ -44,7 +44,8 @@ def add_parser(commands: Any, where: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from .cli import _cascade, parse_seeds
+    from .cli import parse_seeds
+    from .cli_models import cascade_of
     from .errors import InputError
     from .evaluation import ABLATION, Protocol, choose_pairs, evaluate
     from .metrics import TEMPERATURE
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .report import as_table
     from .sampling import Recipe
 
-    cascade = _cascade(arguments)
+    cascade = cascade_of(arguments)
     judge = _judge(arguments)
     names: list[str] = arguments.concepts or (judge.names if judge is not None else [])
     if not names and not arguments.pairs:

@@ -17,5 +17,9 @@ class WeightsError(InputError):
     """A file's tensors do not fit the model: missing, unexpected, misshapen, or not finite."""
 
 
+class CapacityError(InputError):
+    """A model needs more memory, or its files more room on the disk, than this machine has."""
+
+
 class SourceError(AnagramError, OSError):
     """A file, a folder or a hub repository cannot be found or read."""

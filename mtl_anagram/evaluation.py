@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .atomic import write_atomically
 from .cascade import MAX_TOKENS, Cascade, combined_checksum
 from .checks import whole_number
 from .errors import InputError
 from .job import check_seeds, check_sizes
-from .media import encode_png, write_atomically
+from .media import encode_png
 from .metrics import TEMPERATURE, score_matrix
 from .models.judge import Judge
 from .models.sources import read_json

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ from .job import Job, check_networks, check_noise_level, check_seeds, check_size
 from .models.sources import Source, read_json
 from .output import Anagram, check_folder, check_room, clear, finish, finished, folder_of, write_pictures
 from .prompts import check_prompts, concept_span
-from .sampling import Recipe, Schedule, StepState, sample_stage1, sample_stage2
+from .sampling import LatentState, Recipe, Schedule, StepState, UpscaleRecipe, sample_stage1, sample_stage2
+from .upscale import Upscaling
 from .views import View, get_views, view_from_metadata
 
 DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_NOISE_LEVEL = 30, 10.0, 50
-OnStep = Callable[[list[int], int, StepState], None]
+OnStep = Callable[[list[int], int, StepState | LatentState], None]
 
 
 def generate_anagram(
@@ -39,6 +40,7 @@ def generate_anagram(
     *,
     model: Cascade | Source | None = None,
     recipe: Recipe | None = None,
+    upscale: UpscaleRecipe | None = None,
     concepts: Sequence[str | None] | None = None,
     stop_after: int | None = None,
     size: int | None = None,
@@ -50,9 +52,10 @@ def generate_anagram(
     """Sample pictures that read as `prompts[i]` under `views[i]`, and write them: the released code's call.
 
     Writes SAVE_DIR/SEED (4 digits)/sample_64.png, sample_64.views.png (all views side by side) and, where the
-    cascade has a stage II, sample_256.png and sample_256.views.png; metadata.json comes last and holds what is
-    needed to make the pictures again (`repeat_anagram`). A seed whose folder holds all this for the same
-    request is skipped; a folder that holds another request's is an error, unless `overwrite`.
+    cascade has a stage II, sample_256.png and sample_256.views.png, and where it has a stage III too the same
+    at 1024 px; metadata.json comes last and holds what is needed to make the pictures again
+    (`repeat_anagram`). A seed whose folder holds all this for the same request is skipped; a folder that holds
+    another request's is an error, unless `overwrite`.
 
     style: words put before every prompt, "" for none. prompts, views: one each per reading, 1 or more; in a
     prompt, [brackets] may mark the concept. device None = the best there is. seed: one or several, 0 to
@@ -60,7 +63,8 @@ def generate_anagram(
     1000 and guidance_scale replace the recipe's where they differ from 30 and 10.0. noise_level: stage II's,
     0 to 999. view_args: keyword arguments per view, or None.
     model: None = the embedded cascade, a folder, a hub id of stage I, or a Cascade. recipe None = the one the
-    cascade comes with. concepts: per prompt the words whose attention is kept apart, None = the last word.
+    cascade comes with. upscale: how stage III is sampled, None = as released. concepts: per prompt the words
+    whose attention is kept apart, None = the last word.
     stop_after: the side in px after which to stop. size: stage I's side, None = what it was trained at.
     progress: show a bar. on_step(seeds, stage, state) is called at every step.
 
@@ -72,6 +76,8 @@ def generate_anagram(
         raise InputError(f"batch_size={batch_size!r} must be a whole number of at least 1")
     if recipe is not None and not isinstance(recipe, Recipe):
         raise InputError(f"recipe={recipe!r} must be a Recipe, such as Recipe.released(), or None")
+    if upscale is not None and not isinstance(upscale, UpscaleRecipe):
+        raise InputError(f"upscale={upscale!r} must be an UpscaleRecipe, or None")
     if not isinstance(style, str):
         raise InputError(f"style={style!r} must be a string; '' for none")
     if on_step is not None and not callable(on_step):
@@ -92,7 +98,12 @@ def generate_anagram(
     cascade = _cascade(model, resolved)
     chosen = dataclasses.replace(cascade.recipe if recipe is None else recipe, **changes)
     sizes = check_sizes(cascade, made_views, size, stop_after, chosen)
-    job = Job(clean, marked, positions, made_views, chosen, noise_level, sizes)
+    if upscale is not None and len(sizes) < 3:
+        raise InputError(
+            f"upscale is given, but no stage III is to run: the sizes are {sizes}; name it with stage_3=, or leave "
+            "upscale out"
+        )
+    job = Job(clean, marked, positions, made_views, chosen, noise_level, sizes, upscale or UpscaleRecipe())
     return list(_run(cascade, job, style, job_seeds, folder, batch_size, overwrite, progress, on_step))
 
 
@@ -122,6 +133,8 @@ def repeat_anagram(
         recipe = Recipe.from_dict(request["recipe"])
         views = [view_from_metadata(view) for view in column(request, "views", dict)]
         checksum = request["weights_sha256"]
+        stage_3 = dict(request.get("stage_3", {}))
+        checksum_3 = stage_3.pop("weights_sha256", None)
         job = Job(
             column(request, "prompts", str),
             column(request, "concepts", str, type(None), length=len(views)),
@@ -130,6 +143,7 @@ def repeat_anagram(
             recipe,
             request["noise_level"],
             column(content, "sizes", int),
+            UpscaleRecipe.from_dict(stage_3),
         )
         style = request["style"]
         if not isinstance(style, str):
@@ -150,8 +164,15 @@ def repeat_anagram(
             f"{metadata} was made with weights of sha256 {checksum}, but {cascade.name} has {found}: name the "
             "same weights with model="
         )
+    if cascade.has_stage_3 and "stage_3" in request:
+        found = combined_checksum(cascade.upscaler_checksums())
+        if found != checksum_3:
+            raise InputError(
+                f"{metadata} was made with a stage III of sha256 {checksum_3}, but {cascade.name} has {found}: name "
+                "the same weights"
+            )
     possible = check_sizes(cascade, views, job.sizes[0], job.sizes[-1], recipe)
-    if possible != job.sizes:
+    if possible != job.sizes or job.upscales != ("stage_3" in request):
         raise InputError(
             f"{metadata} has sizes={job.sizes}, but {cascade.name} makes {possible}: it is damaged"
         )
@@ -181,11 +202,15 @@ def _run(
     progress: bool,
     on_step: OnStep | None,
 ) -> Iterator[Anagram]:
+    guided = job.recipe.anti_segregation and len(job.views) > 1
+    cascade.check_memory(
+        views=len(job.views), batch_size=min(batch_size, len(seeds)), sizes=job.sizes, guided=guided
+    )
     request = job.request(style, cascade)
     done = {seed: finished(folder, seed, request, job.sizes, overwrite) for seed in seeds}
     todo = [seed for seed in seeds if done[seed] is None]
     spans = None
-    if job.recipe.anti_segregation and len(job.views) > 1:
+    if guided:
         spans = [
             concept_span(cascade.tokenizer, prompt, concept, position=position, max_length=MAX_TOKENS)
             for prompt, concept, position in zip(job.prompts, job.concepts, job.positions, strict=True)
@@ -200,32 +225,44 @@ def _run(
         for seed in todo:
             check_room(folder_of(folder, seed), job.sizes)
         schedules = [
-            cascade.schedule(stage, job.recipe.num_inference_steps) for stage in range(1, len(job.sizes) + 1)
+            cascade.schedule(stage + 1, job.recipe.num_inference_steps) for stage in range(len(job.sizes[:2]))
         ]
         text, null = cascade.encode(job.prompts)
         check_networks(cascade, job, schedules, text.shape[-1])
         score = None
         if job.recipe.balancing and len(job.views) > 1:
             score = cascade.noise_clip.scorer(job.prompts)
-        with _bar(progress, len(todo) * len(job.sizes) * job.recipe.num_inference_steps) as bar:
+        upscaling = Upscaling(cascade, job, score) if job.upscales else None
+        cascade.prepare(len(schedules))
+        steps = len(schedules) * job.recipe.num_inference_steps
+        steps += job.upscale.num_inference_steps if job.upscales else 0
+        with _bar(progress, len(todo) * steps) as bar:
 
-            def step(batch: list[int], stage: int, state: StepState) -> None:
+            def step(batch: list[int], stage: int, state: StepState | LatentState) -> None:
                 bar.set_description(f"stage {'I' * stage}, seed {_span(batch)}", refresh=False)
-                if state.loss is not None:
+                if isinstance(state, StepState) and state.loss is not None:
                     bar.set_postfix_str(f"overlap loss {state.loss.mean().item():.3f}", refresh=False)
                 bar.update(len(batch))
                 if on_step is not None:
                     on_step(batch, stage, state)
 
-            for start in range(0, len(todo), batch_size):
-                batch = todo[start : start + batch_size]
-                for stage in _stages(cascade, job, batch, text, null, spans, score, schedules, step):
-                    side = job.sizes[0] if stage.num == 1 else job.sizes[1]
-                    for seed, picture in zip(batch, stage.pictures, strict=True):
-                        if overwrite and stage.num == 1:
-                            clear(folder_of(folder, seed))
-                        write_pictures(folder_of(folder, seed), side, picture, job.views)
-                for seed in batch:
+            batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+            # Where the stages' networks cannot be in memory together, all batches pass one stage before the next
+            # is loaded; else a batch is finished before the next begins.
+            together = cascade.keeps_all or len(job.sizes) == 1
+            for group in [[batch] for batch in batches] if together else [batches]:
+                runs = [
+                    _stages(cascade, job, batch, text, null, spans, score, schedules, upscaling, step)
+                    for batch in group
+                ]
+                for side in job.sizes:
+                    for batch, run in zip(group, runs, strict=True):
+                        stage = next(run)
+                        for seed, picture in zip(batch, stage.pictures, strict=True):
+                            if overwrite and stage.num == 1:
+                                clear(folder_of(folder, seed))
+                            write_pictures(folder_of(folder, seed), side, picture, job.views)
+                for seed in (seed for batch in group for seed in batch):
                     made[seed] = finish(folder, seed, request, cascade, job.sizes)
     for seed in seeds:
         yield done[seed] or made[seed]
@@ -246,9 +283,10 @@ def _stages(
     spans: list[tuple[int, int]] | None,
     score: Any,
     schedules: list[Schedule],
-    step: Callable[[list[int], int, StepState], None],
+    upscaling: Upscaling | None,
+    step: Callable[[list[int], int, StepState | LatentState], None],
 ) -> Iterator[_Stage]:
-    """Stage I, then II where asked for; one generator per image serves both, as in the released code."""
+    """Stage I, then II and III where asked for; one generator per image serves all, as in the released code."""
     recipe = job.recipe
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     states = sample_stage1(
@@ -283,6 +321,10 @@ def _stages(
         for state in states:
             step(seeds, 2, state)
         yield _Stage(2, state.x)
+    if upscaling is not None:
+        for latent_state in upscaling.sample(state.x, generators):
+            step(seeds, 3, latent_state)
+        yield _Stage(3, cast(Tensor, latent_state.picture))  # the last state has it
 
 
 def _span(seeds: list[int]) -> str:

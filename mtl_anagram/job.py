@@ -9,7 +9,7 @@ from typing import Any
 from .cascade import Cascade, combined_checksum
 from .errors import InputError
 from .prompts import parse_concept, styled
-from .sampling import Recipe, Schedule
+from .sampling import Recipe, Schedule, UpscaleRecipe
 from .sampling.stages import SCORER_SIZE
 from .views import View
 
@@ -28,9 +28,19 @@ class Job:
     recipe: Recipe
     noise_level: int
     sizes: list[int]
+    upscale: UpscaleRecipe = UpscaleRecipe()  # noqa: RUF009 (frozen)
+
+    @property
+    def upscales(self) -> bool:
+        """Whether stage III is asked for."""
+        return len(self.sizes) > 2
 
     def request(self, style: str, cascade: Cascade) -> dict[str, Any]:
-        """What decides a picture besides its seed, as JSON."""
+        """What decides a picture besides its seed, as JSON; stage III by itself, where it is asked for."""
+        stage_3 = {}
+        if self.upscales:
+            weights = combined_checksum(cascade.upscaler_checksums())
+            stage_3 = {"stage_3": {**self.upscale.to_dict(), "weights_sha256": weights}}
         return {
             "style": style,
             "prompts": self.prompts,
@@ -41,6 +51,7 @@ class Job:
             "noise_level": self.noise_level,
             "size": self.sizes[0],
             "weights_sha256": combined_checksum(cascade.checksums()),
+            **stage_3,
         }
 
 
@@ -100,7 +111,8 @@ def check_sizes(
     cascade: Cascade, views: list[View], size: int | None, stop_after: int | None, recipe: Recipe
 ) -> list[int]:
     """The sides in px that will be made, each one that the UNets and the views allow."""
-    config = cascade.unet_1.config
+    layout = cascade.layout(1)
+    config = layout.config
     side = (config.sample_size or 64) if size is None else size
     factor = config.size_factor
     if isinstance(side, bool) or not isinstance(side, int) or not factor <= side <= MAX_SIDE or side % factor:
@@ -108,26 +120,41 @@ def check_sizes(
             f"size={side!r} must be a multiple of {factor} up to {MAX_SIDE} for this stage I UNet"
         )
     sizes = [side, 4 * side] if cascade.has_stage_2 else [side]
+    if cascade.has_stage_3 and cascade.has_stage_2:
+        sizes.append(16 * side)
     if stop_after is not None:
-        if stop_after not in (side, 4 * side):
-            raise InputError(f"stop_after={stop_after!r} must be {side} (stage I) or {4 * side} (stage II)")
-        if stop_after not in sizes:
+        if stop_after not in (side, 4 * side, 16 * side):
             raise InputError(
-                f"stop_after={stop_after}: the cascade {cascade.name} has no stage II; name one with stage_2=, or "
-                f"stop after {side}"
+                f"stop_after={stop_after!r} must be {side} (stage I) or {4 * side} (stage II) or {16 * side} "
+                "(stage III)"
+            )
+        if stop_after not in sizes:
+            lacking = "II" if stop_after == 4 * side or not cascade.has_stage_2 else "III"
+            raise InputError(
+                f"stop_after={stop_after}: the cascade {cascade.name} has no stage {lacking}; name one with "
+                f"stage_{len(lacking)}=, or stop after {sizes[-1]}"
             )
         sizes = sizes[: sizes.index(stop_after) + 1]
-    if len(sizes) > 1 and sizes[1] % cascade.unet_2.config.size_factor:
+    elif cascade.has_stage_3 and not cascade.has_stage_2:
         raise InputError(
-            f"size={side} makes {sizes[1]} px in stage II, whose UNet needs a multiple of "
-            f"{cascade.unet_2.config.size_factor}"
+            f"the cascade {cascade.name} has a stage III and no stage II, whose pictures it enlarges; name one "
+            f"with stage_2=, or stop after {side}"
+        )
+    if len(sizes) > 1 and sizes[1] % (factor := cascade.layout(2).config.size_factor):
+        raise InputError(
+            f"size={side} makes {sizes[1]} px in stage II, whose UNet needs a multiple of {factor}"
+        )
+    if len(sizes) > 2 and sizes[1] % cascade.upscaler.unet_config.size_factor:
+        raise InputError(
+            f"size={side} makes {sizes[1]} px for stage III, whose UNet needs a multiple of "
+            f"{cascade.upscaler.unet_config.size_factor}"
         )
     for view in views:
         for made in sizes:
             view.check_size(made)
     if recipe.anti_segregation and len(views) > 1:
         resolution = recipe.map_resolution * side // 64
-        layers = cascade.unet_1.attention_layers(side)
+        layers = layout.attention_layers(side)
         have = {res for name, res in layers.items() if name.startswith(tuple(recipe.map_places))}
         if resolution not in have:
             raise InputError(
@@ -140,7 +167,7 @@ def check_sizes(
 def check_networks(cascade: Cascade, job: Job, schedules: list[Schedule], text_width: int) -> None:
     """InputError for networks that are not each other's, which would else show when work is half done."""
     for stage, schedule in enumerate(schedules, start=1):
-        config = (cascade.unet_1 if stage == 1 else cascade.unet_2).config
+        config = cascade.layout(stage).config
         wanted = {
             "in_channels": 3 * stage,  # stage II sees stage I's picture too
             "out_channels": 6,

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .atomic import remove_leftovers, write_atomically
 from .cascade import Cascade
 from .errors import InputError, SourceError
-from .media import encode_png, remove_leftovers, side_by_side, write_atomically
+from .media import encode_png, side_by_side
 from .models.sources import read_json
 from .views import View
 
@@ -115,13 +116,14 @@ def finish(folder: Path, seed: int, request: dict[str, Any], cascade: Cascade, s
 
     own = folder_of(folder, seed)
     names = picture_names(sizes)
+    files = cascade.checksums() | (cascade.upscaler_checksums() if "stage_3" in request else {})
     content = {
         "format": 1,
         "seed": seed,
         "sizes": sizes,
         "request": request,
         "pictures": {name: hashlib.sha256((own / name).read_bytes()).hexdigest() for name in names},
-        "weights": {"name": cascade.name, "variant": cascade.variant, "files": cascade.checksums()},
+        "weights": {"name": cascade.name, "variant": cascade.variant, "files": files},
         "made_with": {
             "mtl_anagram": __version__,
             "torch": torch.__version__,
@@ -147,9 +149,12 @@ def finished(
         raise SourceError(
             f"{error}; overwrite=True (--overwrite) makes the pictures of seed {seed} anew"
         ) from error
-    if content.get("request") != json.loads(json.dumps(request)):
-        old = content.get("request")
-        old = old if isinstance(old, dict) else {}
+    old = content.get("request")
+    old = old if isinstance(old, dict) else {}
+    if ("stage_3" in old) != ("stage_3" in request):
+        # Stage III comes after the others and changes nothing in them: one request goes on where the other ends.
+        old, request = ({k: v for k, v in one.items() if k != "stage_3"} for one in (old, request))
+    if old != json.loads(json.dumps(request)):
         differs = ", ".join(key for key in request if old.get(key) != json.loads(json.dumps(request[key])))
         differs = differs or "fields that this version does not know"
         raise InputError(

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .atomic import write_atomically
 from .checks import whole_number
 from .errors import InputError, SourceError
-from .media import write_atomically
 from .models.shards import Shards, buffer_of, encode_safetensors
 
 FORMAT = "1"

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .errors import AnagramError
+from .memory import machine_of
 from .models.loading import T5_ALIASES, weight_files
 from .models.shards import Shards
 from .models.sources import Source, open_source
@@ -32,7 +33,12 @@ def streams(
         shards = Shards(weight_files(files, "model", variant), aliases=T5_ALIASES)
     except AnagramError:  # files that do not load: their loading says it
         return False
-    return sum(entry.bytes_in(dtype or entry.dtype) for entry in shards.values()) > _SHARE * free
+    return is_too_large(sum(entry.bytes_in(dtype or entry.dtype) for entry in shards.values()), free)
+
+
+def is_too_large(whole: int, free: int) -> bool:
+    """Whether "auto" streams a text encoder whose weights take `whole` bytes, where `free` are free."""
+    return whole > _SHARE * free
 
 
 def text_files(source: Source, variant: str | None) -> dict[str, Path]:
@@ -46,12 +52,5 @@ def text_files(source: Source, variant: str | None) -> dict[str, Path]:
 
 def free_bytes(device: torch.device) -> int | None:
     """Memory that new tensors on a device can have now, or None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, IndexError, StopIteration):
-        return None
+    machine = machine_of(device)
+    return None if machine is None else machine.free

@@ -12,6 +12,15 @@ from mtl_anagram import Cascade
 from tests.unit.tiny import write_cascade
 
 
+def pytest_collection_modifyitems(config, items):
+    """Slow tests run where they are asked for: `-m slow`, or MTL_ANAGRAM_SLOW=1 for all."""
+    if "slow" in config.getoption("-m") or os.environ.get("MTL_ANAGRAM_SLOW"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.skip(reason="slow: -m slow, or MTL_ANAGRAM_SLOW=1"))
+
+
 @pytest.fixture(scope="session")
 def cascade_folder(tmp_path_factory):
     """The tiny cascade's folder; tests that change files make their own."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtl_anagram.media import write_atomically
+from mtl_anagram.atomic import write_atomically
 from training.styles import PAINTS, STYLES, sketch
 
 LENGTH = 77  # tokens of a padded prompt, IF's

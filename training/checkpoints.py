@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mtl_anagram.media import write_atomically
+from mtl_anagram.atomic import write_atomically
 
 PIECE = 15_000_000  # bytes
 

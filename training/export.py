@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from mtl_anagram.media import write_atomically
+from mtl_anagram.atomic import write_atomically
 from training import checkpoints, drawings, styles, train_stage1, train_stage2
 
 NAME = "embedded-v2"

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtl_anagram.media import write_atomically
+from mtl_anagram.atomic import write_atomically
 from mtl_anagram.models.judge import Judge
 from training import drawings, styles
 

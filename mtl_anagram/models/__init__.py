@@ -10,6 +10,7 @@ from .t5_streamed import StreamedT5Encoder
 from .tokenizers import CLIPTokenizer, T5Tokenizer
 from .unet import UNet
 from .unet_blocks import TextContext
+from .upscaler import Upscaler, load_upscaler
 
 __all__ = [
     "CLIPTokenizer",
@@ -22,9 +23,11 @@ __all__ = [
     "TextContext",
     "UNet",
     "UNetConfig",
+    "Upscaler",
     "load_judge",
     "load_noise_clip",
     "load_t5",
     "load_tokenizer",
     "load_unet",
+    "load_upscaler",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from ..checks import flag
 from ..devices import resolve_device, resolve_dtype
 from ..errors import ConfigError, InputError, SourceError, WeightsError
 from .configs import UNetConfig
+from .glide import MERGES, open_noise_clip, read_pickle
 from .judge import Judge
 from .noise_clip import NoiseCLIP, image_encoder_from, text_encoder_from
 from .shards import Shards
@@ -26,7 +27,6 @@ from .unet import UNet
 M = TypeVar("M", bound=nn.Module)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 T5_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
-MERGES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt")
 
 
 def load_unet(
@@ -97,12 +97,13 @@ def load_noise_clip(
 ) -> NoiseCLIP:
     """The noise-aware CLIP from a folder with clip_image_enc and clip_text_enc, .safetensors or .pt.
 
-    The two .pt files that GLIDE published are read by torch's weights-only unpickler. Every size is read off
-    the tensors' shapes. The byte-pair merges are the folder's `merges.txt` or `bpe_simple_vocab_16e6.txt.gz`
-    (CLIP's own), or the file that `merges` names.
+    source "glide": GLIDE's own, downloaded once from where they were published. A folder's .pt files are read by
+    torch's weights-only unpickler and, where the folder can be written to, made .safetensors beside them at
+    the first time. Every size is read off the tensors' shapes. The byte-pair merges are the folder's
+    `merges.txt` or `bpe_simple_vocab_16e6.txt.gz` (CLIP's own), or the file that `merges` names.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
-    files = open_source(source, subfolder, "clip_image_enc.safetensors")
+    files = open_noise_clip(source, subfolder)
 
     def tower(name: str, build: Callable[[Mapping[str, Tensor]], M]) -> M:
         state, origin = _clip_state(files, name)
@@ -148,6 +149,12 @@ def load_judge(
     return assemble(lambda: Judge(known), [require(files, "judge.safetensors")], dtype=dtype, device=device)
 
 
+def index_names(base: str, variant: str | None) -> list[str]:
+    """What a sharded model's index may be called: transformers' and diffusers' ways."""
+    dot = "" if variant is None else f".{variant}"
+    return list(dict.fromkeys((f"{base}.safetensors.index{dot}.json", f"{base}{dot}.safetensors.index.json")))
+
+
 def weight_files(files: Files, base: str, variant: str | None) -> list[Path]:
     """The safetensors files of a model: one, or the shards that an index names.
 
@@ -161,7 +168,7 @@ def weight_files(files: Files, base: str, variant: str | None) -> list[Path]:
     path = files.get(whole)
     if path is not None:
         return [path]
-    for index_name in dict.fromkeys((f"{base}.safetensors.index{dot}.json", f"{whole}.index.json")):
+    for index_name in index_names(base, variant):
         index = files.get(index_name)
         if index is None:
             continue
@@ -192,6 +199,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def check_unet_files(source: Source, *, subfolder: str | None = "unet", variant: str | None = None) -> None:
+    """Whether `load_unet` would find what it needs: config, names, shapes, whole files. Reads no values."""
+    files = open_source(source, subfolder, "config.json")
+    with torch.device("meta"):
+        unet = UNet(read_config(require(files, "config.json"), UNetConfig.from_dict))
+    paths = weight_files(files, "diffusion_pytorch_model", variant)
+    shards = Shards(paths)
+    check_fit(unet, shards, shards.origin)
+
+
 def assemble(
     build: Callable[[], M],
     paths: list[Path],
@@ -200,12 +217,18 @@ def assemble(
     device: torch.device,
     aliases: Mapping[str, str] | None = None,
     one_dtype: bool = False,
+    ignored: Collection[str] = (),
 ) -> M:
-    """Build a module on the meta device and give it the files' tensors, strictly."""
+    """Build a module on the meta device and give it the files' tensors, strictly.
+
+    aliases: other names for the module's tensors. ignored: tensors by name that the files may hold besides.
+    """
     state: dict[str, Tensor] = {}
     for path in paths:
         for name, tensor in read_safetensors(path).items():
             name = (aliases or {}).get(name, name)
+            if name in ignored:
+                continue
             if name in state and not torch.equal(state[name], tensor):
                 raise WeightsError(f"{path} holds {name} a second time, with other values; download it again")
             state[name] = tensor
@@ -279,15 +302,4 @@ def _clip_state(files: Files, name: str) -> tuple[dict[str, Tensor], str]:
     path = files.get(f"{name}.pt")
     if path is None:
         raise SourceError(f"{files} has neither {name}.safetensors nor {name}.pt: {files.listing()}")
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        raise SourceError(
-            f"{path} is not a state dict that the weights-only unpickler reads ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}); download it again"
-        ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise WeightsError(f"{path} holds no flat state dict of tensors; download GLIDE's {name}.pt again")
-    return state, str(path)
+    return read_pickle(path), str(path)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,60 +50,86 @@ class Repository:
     def __str__(self) -> str:
         return f"{self.repo_id}/{self.subfolder}".rstrip("/")
 
-    def get(self, name: str) -> Path | None:
-        """The cached file's path, or None where the repository has no such file."""
+    def get(self, name: str, local: Path | None = None) -> Path | None:
+        """The file's path, or None where the repository has no such file.
+
+        It lies in the hub's cache, or below the folder `local`, in the repository's own layout.
+        """
         from huggingface_hub import errors as hub
         from huggingface_hub import hf_hub_download
 
-        try:
-            return Path(hf_hub_download(self.repo_id, name, subfolder=self.subfolder or None))
-        except hub.LocalEntryNotFoundError as error:
-            # Offline, a cached repository that lacks this very file looks the same as an unreachable hub.
-            if self._cached_elsewhere():
-                return None
-            raise SourceError(
-                f"{self.repo_id}: the hub cannot be reached and {name} is not in the local cache; check the "
-                "connection (and HF_HUB_OFFLINE), or give a folder that holds the files"
-            ) from error
-        except hub.EntryNotFoundError:
-            return None
-        except hub.GatedRepoError as error:
-            raise SourceError(
-                f"{self.repo_id} is gated: accept its licence on its page at huggingface.co, then log in with "
-                "`hf auth login` or set HF_TOKEN"
-            ) from error
-        except hub.RepositoryNotFoundError as error:
-            raise SourceError(
-                f"{self.repo_id}: no such repository on the hub, or it is private or gated and no token is set; "
-                "check the name, accept the licence on its page, and set HF_TOKEN"
-            ) from error
-        except hub.HFValidationError as error:
-            raise InputError(f"{self.repo_id!r} is neither a folder nor a hub id (owner/name)") from error
-        except (OSError, hub.HfHubHTTPError) as error:
-            raise SourceError(
-                f"{self.repo_id}: {name} could not be fetched ({type(error).__name__}: {error}); try again, or "
-                "give a folder that holds the files"
-            ) from error
-        except Exception as error:
-            # The hub's client raises its HTTP library's own errors for a dead connection.
-            if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3"):
+        place: dict[str, Any] = {} if local is None else {"local_dir": local}
+        with hub_errors(self.repo_id, name):
+            try:
+                return Path(hf_hub_download(self.repo_id, name, subfolder=self.subfolder or None, **place))
+            except hub.LocalEntryNotFoundError as error:
+                # Offline, a cached repository that lacks this very file looks the same as an unreachable hub.
+                if self.cached("config.json") is not None:
+                    return None
                 raise SourceError(
-                    f"{self.repo_id}: the hub cannot be reached ({type(error).__name__}); check the "
-                    "connection, or give a folder that holds the files"
+                    f"{self.repo_id}: the hub cannot be reached and {name} is not in the local cache; check the "
+                    "connection (and HF_HUB_OFFLINE), or give a folder that holds the files"
                 ) from error
-            raise
+            except hub.EntryNotFoundError:
+                return None
 
-    def _cached_elsewhere(self) -> bool:
+    def cached(self, name: str) -> Path | None:
+        """The file's path if it is in the hub's local cache, else None; asks no network."""
+        from huggingface_hub import errors as hub
         from huggingface_hub import try_to_load_from_cache
 
         prefix = f"{self.subfolder}/" if self.subfolder else ""
-        return isinstance(try_to_load_from_cache(self.repo_id, f"{prefix}config.json"), str)
+        try:
+            path = try_to_load_from_cache(self.repo_id, f"{prefix}{name}")
+        except hub.HFValidationError as error:
+            raise InputError(f"{self.repo_id!r} is neither a folder nor a hub id (owner/name)") from error
+        return Path(path) if isinstance(path, str) else None
 
     def listing(self) -> str:
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
+            return "it is not in the hub's local cache, and HF_HUB_OFFLINE is set: unset it once to download"
         return f"see https://huggingface.co/{self.repo_id}/tree/main/{self.subfolder}"
 
 
 Files = Folder | Repository
+
+
+@contextmanager
+def hub_errors(repo_id: str, what: str) -> Iterator[None]:
+    """Turn what the hub's client raises into errors that say what to do."""
+    from huggingface_hub import errors as hub
+
+    try:
+        yield
+    except (SourceError, hub.EntryNotFoundError):
+        raise
+    except hub.GatedRepoError as error:
+        raise SourceError(
+            f"{repo_id} is gated: accept its licence on its page at huggingface.co, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise SourceError(
+            f"{repo_id}: no such repository on the hub, or it is private or gated and no token is set; "
+            "check the name, accept the licence on its page, and set HF_TOKEN"
+        ) from error
+    except hub.HFValidationError as error:
+        raise InputError(f"{repo_id!r} is neither a folder nor a hub id (owner/name)") from error
+    except (OSError, hub.HfHubHTTPError) as error:
+        raise SourceError(
+            f"{repo_id}: {what} could not be fetched ({type(error).__name__}: {error}); try again, or "
+            "give a folder that holds the files"
+        ) from error
+    except Exception as error:
+        # The hub's client raises its HTTP library's own errors for a dead connection.
+        if type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
+            raise SourceError(
+                f"{repo_id}: the hub cannot be reached ({type(error).__name__}); check the "
+                "connection, or give a folder that holds the files"
+            ) from error
+        raise
 
 
 def open_source(source: Source, subfolder: str | None, marker: str) -> Files:

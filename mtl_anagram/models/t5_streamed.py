@@ -22,6 +22,14 @@ from .t5_config import T5Config
 
 # Weights that are cast at a time: their 8 MB of float32 stay in the cache until they are multiplied.
 _CHUNK = 1 << 21
+# The pieces that are cast and multiplied, norms, and what the reading thread and the C library keep.
+_KEPT = 96 << 20
+
+
+def streamed_bytes(config: T5Config) -> int:
+    """Memory that a streamed encoder takes beyond its states: two matrices as wide as files have them, and pieces."""
+    largest = config.d_model * max(config.d_ff, config.num_heads * config.d_kv)
+    return 2 * 4 * largest + _KEPT
 
 
 class StreamedT5Encoder(T5Encoder):

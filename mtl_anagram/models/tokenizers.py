@@ -77,7 +77,7 @@ class T5Tokenizer:
 
     def encode(self, text: str, *, clean: bool = True) -> list[int]:
         """The text's ids, the end token last, neither cut nor padded; clean = lower-case and strip first."""
-        text = _checked(text)
+        text = checked_text(text)
         ids: list[int] = []
         for part, special in self._parts(text.lower().strip() if clean else text):
             ids += [special] if special is not None else self._model.EncodeAsIds(part)
@@ -90,7 +90,7 @@ class T5Tokenizer:
         (as normalised, with `▁` for the spaces).
         """
         found: list[str] = []
-        for part, special in self._parts(_checked(text)):
+        for part, special in self._parts(checked_text(text)):
             found += [part] if special is not None else self._model.EncodeAsPieces(part)
         return found
 
@@ -152,7 +152,7 @@ class CLIPTokenizer:
         """The text as `context` ids and their number: start, at most context - 2 pairs, end, then zeros."""
         if isinstance(context, bool) or not isinstance(context, int) or context < 2:
             raise InputError(f"context={context!r} must be a whole number, at least 2")
-        pairs = [i for word in words(clean(_checked(text))) for i in self._word(word)]
+        pairs = [i for word in words(clean(checked_text(text))) for i in self.word(word)]
         ids = [self.start, *pairs[: context - 2], self.end]
         return ids + [0] * (context - len(ids)), len(ids)
 
@@ -168,7 +168,11 @@ class CLIPTokenizer:
             part.unlink(missing_ok=True)
             raise SourceError(f"cannot write {path} ({error}); give a file in a writable folder") from error
 
-    def _word(self, word: str) -> list[int]:
+    def names(self) -> dict[str, int]:
+        """Every token's name and id, as a `vocab.json` holds them."""
+        return {**self._ids, START: self.start, END: self.end}
+
+    def word(self, word: str) -> list[int]:
         """A word's ids: its bytes, merged pair by pair, the earliest-ranked pair first."""
         if word not in self._known:
             parts = [self._byte_names[byte] for byte in word.encode("utf-8")]
@@ -274,7 +278,7 @@ def _merge(line: str | tuple[str, str], where: str, number: int) -> tuple[str, s
     return pair
 
 
-def _checked(text: str) -> str:
+def checked_text(text: str) -> str:
     if not isinstance(text, str):
         raise InputError(f"a text must be a str, not {type(text).__name__} ({text!r})")
     try:

@@ -179,12 +179,8 @@ class _Run:
         if not isinstance(recipe, Recipe):
             raise InputError(f"recipe is {type(recipe).__name__}: give a Recipe such as Recipe.released()")
         whole_number("size", size, 1)  # which sizes it can take, the network says itself
-        generators = _checked_generators(generators)
-        if isinstance(views, str) or not isinstance(views, Sequence) or not views:
-            raise InputError(f"views={views!r}: give a list of at least one view")
-        for view in views:
-            if not callable(getattr(view, "view", None)) or not callable(getattr(view, "inverse_view", None)):
-                raise InputError(f"{view!r} is no view: it needs view(x) and inverse_view(prediction)")
+        generators = checked_generators(generators)
+        for view in checked_views(views):
             if callable(getattr(view, "check_size", None)):
                 view.check_size(size)
 
@@ -224,13 +220,13 @@ class _Run:
         return self._loop()
 
     def _loop(self) -> Iterator[StepState]:
-        """The steps. Work is done in blocks of `_no_gradients`, never around a yield."""
-        with _no_gradients():
+        """The steps. Work is done in blocks of `no_gradients`, never around a yield."""
+        with no_gradients():
             x = self._noise()
             condition = self._condition()
             context = self._context()
         for index, t in enumerate(self.schedule.timesteps):
-            with _no_gradients():
+            with no_gradients():
                 x, weights, scale = self._denoise(x, condition, context, index, t)
                 last = index + 1 == self.schedule.num_inference_steps
                 loss = None
@@ -307,14 +303,7 @@ class _Run:
         count = len(self.views)
         if self.score is None or not self.recipe.balancing or count == 1:
             return torch.full((self.count, count), 1 / count, device=seen.device)
-        pictures = seen[:, :, :3]
-        if self.recipe.scorer_range == "half":
-            pictures = pictures / 2 + 0.5
-        if self.size != SCORER_SIZE:
-            pictures = F.interpolate(
-                pictures.flatten(0, 1), (SCORER_SIZE, SCORER_SIZE), mode="bilinear", align_corners=False
-            ).unflatten(0, (self.count, count))
-        scores = self.score(pictures, t)
+        scores = self.score(for_scorer(seen, self.recipe), t)
         if not isinstance(scores, Tensor) or tuple(scores.shape) != (self.count, count):
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise InputError(f"score returned {got} instead of (B, V) = {(self.count, count)} cosines")
@@ -357,14 +346,37 @@ class _Run:
         return x, loss
 
 
+def for_scorer(seen: Tensor, recipe: Recipe) -> Tensor:
+    """What a scorer is given of viewed pictures (B, V, C, H, W): the first 3 channels, (B, V, 3, 64, 64)."""
+    pictures = seen[:, :, :3]
+    if recipe.scorer_range == "half":
+        pictures = pictures / 2 + 0.5
+    if pictures.shape[-2:] != (SCORER_SIZE, SCORER_SIZE):
+        pictures = F.interpolate(
+            pictures.flatten(0, 1), (SCORER_SIZE, SCORER_SIZE), mode="bilinear", align_corners=False
+        ).unflatten(0, seen.shape[:2])
+    return pictures
+
+
 @contextmanager
-def _no_gradients() -> Iterator[None]:
+def no_gradients() -> Iterator[None]:
     """No graphs, also if the caller is in inference mode, whose tensors could not be differentiated later."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
-def _checked_generators(generators: Any) -> list[torch.Generator]:
+def checked_views(views: Any) -> list[Any]:
+    """At least one object with view(x) and inverse_view(prediction), or an InputError."""
+    if isinstance(views, str) or not isinstance(views, Sequence) or not views:
+        raise InputError(f"views={views!r}: give a list of at least one view")
+    for view in views:
+        if not callable(getattr(view, "view", None)) or not callable(getattr(view, "inverse_view", None)):
+            raise InputError(f"{view!r} is no view: it needs view(x) and inverse_view(prediction)")
+    return list(views)
+
+
+def checked_generators(generators: Any) -> list[torch.Generator]:
+    """One CPU generator per image, each its own, or an InputError."""
     if isinstance(generators, torch.Generator) or not isinstance(generators, Sequence) or not generators:
         raise InputError(
             "generators must be a list with one CPU torch.Generator per image, for example "

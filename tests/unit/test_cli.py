@@ -194,6 +194,7 @@ def test_every_option_arrives(cascade_folder, asked):
         "noise_level": 70,
         "view_args": [None, {"seed": 3}],
         "recipe": RELEASED,
+        "upscale": None,
         "concepts": ["duck", "a"],
         "stop_after": 32,
         "size": 32,
@@ -209,7 +210,17 @@ def test_options_left_out_are_the_librarys_defaults(cascade_folder, asked):
     assert asked.pop("seed") == [0]
     assert asked.pop("progress") is True
     defaults = inspect.signature(mtl_anagram.generate_anagram).parameters
-    for name in ("noise_level", "view_args", "concepts", "stop_after", "size", "batch_size", "overwrite"):
+    names = (
+        "noise_level",
+        "view_args",
+        "concepts",
+        "stop_after",
+        "size",
+        "batch_size",
+        "overwrite",
+        "upscale",
+    )
+    for name in names:
         assert asked[name] == defaults[name].default, name
 
 

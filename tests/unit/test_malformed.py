@@ -822,7 +822,7 @@ METADATA = [
     ("seed", DELETE, "seed"), ("seed", "0", "seed='0'"), ("seed", [0, 1], "seed=[0, 1]"), ("seed", -1, "seed=-1"),
     ("seed", 2**64, "from 0 to"), ("seed", True, "seed=True"), ("sizes", DELETE, "sizes"), ("sizes", [], "sizes=[]"),
     ("sizes", 16, "sizes=16"), ("sizes", ["16"], "sizes=['16']"), ("sizes", [16, 16], "sizes=[16, 16]"),
-    ("sizes", [16, 64, 256], "must be 16 (stage I) or 64"), ("sizes", [16.0], "sizes=[16.0]"),
+    ("sizes", [16, 64, 256], "tiny has no stage III"), ("sizes", [16.0], "sizes=[16.0]"),
     ("sizes", [INF], "sizes=[inf]"), ("sizes", [17], "a multiple of 8"), ("sizes", [2**40], "up to 1024"),
     ("request/style", 3, "style=3"), ("request/style", DELETE, "style"), ("request/prompts", "ab", "prompts='ab'"),
     ("request/prompts", {"a duck": 1, "a rabbit": 2}, "must be a list"), ("request/prompts", ["a duck"], "1 prompts"),

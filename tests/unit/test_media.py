@@ -8,15 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mtl_anagram.atomic import remove_leftovers, write_atomically
 from mtl_anagram.errors import InputError, SourceError
-from mtl_anagram.media import (
-    encode_png,
-    remove_leftovers,
-    save_picture,
-    side_by_side,
-    to_uint8,
-    write_atomically,
-)
+from mtl_anagram.media import encode_png, save_picture, side_by_side, to_uint8
 from mtl_anagram.views import get_views
 
 

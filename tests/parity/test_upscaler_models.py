@@ -1,0 +1,224 @@
+"""Stage III's networks and tokenizer against diffusers' and transformers', on tiny random models."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from mtl_anagram.errors import WeightsError
+from mtl_anagram.models.tokenizers import CLIPTokenizer
+from mtl_anagram.models.upscaler import (
+    AutoencoderConfig,
+    CLIPTextConfig,
+    UpscalerTokenizer,
+    UpscalerUNetConfig,
+    load_upscaler,
+    load_upscaler_decoder,
+    load_upscaler_encoder,
+    load_upscaler_text,
+    load_upscaler_unet,
+)
+from mtl_anagram.models.upscaler.loading import old_attention_names
+from tests.helpers import data_folder, relative
+from tests.parity import upscaler_references as references
+from tests.parity.upscaler_references import MERGES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return references.autoencoder()
+
+
+@pytest.fixture(scope="module")
+def vae_folder(vae, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("release")
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"layers_per_block": 1},
+        {"only_cross_attention": [False, True, False, False]},
+        {"only_cross_attention": False},
+        {
+            "block_out_channels": [16, 32],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "only_cross_attention": [True, True],
+            "norm_num_groups": 16,
+            "attention_head_dim": 2,
+        },
+    ],
+)
+def test_unet_equals_the_reference(changes, tmp_path):
+    reference = references.unet(**changes)
+    reference.save_pretrained(tmp_path / "unet")
+    ours = load_upscaler_unet(tmp_path)
+    x, text = torch.randn(3, 7, 16, 24), torch.randn(3, 9, 24)
+    t, levels = torch.tensor([963, 500, 1]), torch.tensor([0, 20, 350])
+    with torch.no_grad():
+        theirs = reference(x, t, text, class_labels=levels).sample
+        assert relative(ours(x, t, text, levels), theirs) < 1e-5
+        assert relative(ours(x, t, ours.prepare(text), levels), theirs) < 1e-5
+        one = reference(x, 300, text, class_labels=torch.tensor([20] * 3)).sample
+        assert relative(ours(x, 300, text, 20), one) < 1e-5
+        assert relative(ours(x[:1], 300, ours.prepare(text)[:1], 20), one[:1]) < 1e-5
+
+
+@pytest.mark.parametrize("band", [None, 1, 3000, 1 << 24])
+def test_decoder_and_encoder_equal_the_reference_in_bands_of_any_height(vae, vae_folder, band):
+    decoder, encoder = load_upscaler_decoder(vae_folder), load_upscaler_encoder(vae_folder)
+    decoder.max_logits = encoder.max_logits = 1 << 24 if band is None else 500  # a few queries at a time
+    z, pictures = torch.randn(2, 4, 12, 20), torch.rand(2, 3, 40, 48) * 2 - 1
+    with torch.no_grad():
+        assert relative(decoder(z, band=band), vae.decode(z).sample) < 1e-5
+        assert relative(encoder(pictures, band=band), vae.encode(pictures).latent_dist.mode()) < 1e-5
+        scaled = vae.decode(z / 0.08333).sample
+        assert relative(decoder.picture(z, band=band), scaled) < 1e-5
+
+
+def test_old_attention_names_load_and_the_other_half_is_skipped_by_name(vae, vae_folder, tmp_path):
+    state = load_file(vae_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    old = {new: before for before, new in old_attention_names(state).items()}
+    assert sorted(name.rsplit(".", 2)[1] for name in old.values() if name.startswith("decoder")) == [
+        *("key", "key", "proj_attn", "proj_attn", "query", "query", "value", "value")
+    ]
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text((vae_folder / "vae" / "config.json").read_text())
+    path = folder / "diffusion_pytorch_model.safetensors"
+    renamed = {old.get(name, name): tensor for name, tensor in state.items()}
+    save_file(renamed, path)
+    z, pictures = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert relative(load_upscaler_decoder(tmp_path)(z), vae.decode(z).sample) < 1e-5
+        theirs = vae.encode(pictures).latent_dist.mode()
+        assert relative(load_upscaler_encoder(tmp_path)(pictures), theirs) < 1e-5
+    # The diffusers reference reads the old names as well: the map is theirs, not only ours.
+    again = type(vae).from_pretrained(folder)
+    assert torch.equal(again.decode(z).sample, vae.decode(z).sample)
+    save_file({**renamed, "decoder.mid_block.attentions.0.extra.weight": torch.zeros(2)}, path)
+    with pytest.raises(WeightsError, match="extra"):
+        load_upscaler_decoder(tmp_path)
+    save_file({**renamed, "encoder.extra.weight": torch.zeros(2)}, path)
+    with pytest.raises(WeightsError, match="unexpected: encoder.extra"):
+        load_upscaler_decoder(tmp_path)
+    del renamed["post_quant_conv.bias"]
+    save_file(renamed, path)
+    with pytest.raises(WeightsError, match="missing: post_quant_conv.bias"):
+        load_upscaler_decoder(tmp_path)
+
+
+def test_half_precision_is_decoded_in_float32_where_the_config_says_so(vae, vae_folder, tmp_path):
+    assert load_upscaler_decoder(vae_folder, dtype="float16").dtype == torch.float32
+    assert load_upscaler_encoder(vae_folder, dtype="float16").dtype == torch.float32
+    assert load_upscaler_decoder(vae_folder, dtype="bfloat16").dtype == torch.bfloat16
+    vae.save_pretrained(tmp_path / "vae", variant="fp16")
+    half = tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(half).items()}, half)
+    assert load_upscaler_decoder(tmp_path, variant="fp16").dtype == torch.float32
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, "force_upcast": False}))
+    assert load_upscaler_decoder(tmp_path, variant="fp16").dtype == torch.float16
+    z = torch.randn(1, 4, 8, 8)
+    low = load_upscaler_decoder(vae_folder, dtype="bfloat16")(z)
+    assert relative(low, vae.decode(z).sample) < 0.05
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+def test_text_tower_equals_the_reference_with_and_without_the_prefix(prefix, tmp_path):
+    reference = references.text_tower()
+    reference.save_pretrained(tmp_path / "text_encoder")
+    path = tmp_path / "text_encoder" / "model.safetensors"
+    state = {prefix + name.removeprefix("text_model."): t for name, t in load_file(path).items()}
+    state[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(state, path)
+    ours = load_upscaler_text(tmp_path)
+    for length in (77, 5):
+        ids = torch.randint(0, reference.config.vocab_size, (3, length))
+        with torch.no_grad():
+            assert relative(ours(ids), reference(ids).last_hidden_state) < 1e-5
+
+
+def test_configs_round_trip_through_the_reference(vae):
+    ours = UpscalerUNetConfig.from_dict(dict(references.unet().config))
+    assert UpscalerUNetConfig.from_dict(dict(references.unet(**_own(ours.to_dict())).config)) == ours
+    config = AutoencoderConfig.from_dict(dict(vae.config))
+    assert (
+        AutoencoderConfig.from_dict(dict(references.autoencoder(**_own(config.to_dict())).config)) == config
+    )
+    text = CLIPTextConfig.from_dict(references.text_tower().config.to_dict())
+    again = transformers.CLIPTextConfig.from_dict(text.to_dict()).to_dict()
+    assert CLIPTextConfig.from_dict(again) == text
+
+
+def _own(config):
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+TEXTS = [
+    "",
+    "a duck",
+    "  A  Sketch of\ta\nDuck ",
+    "wow! a duck!!",
+    "!wow!",
+    "it's the cat's, don't",
+    "café naïve ½ x² 东京 🎨 &amp; “quoted”",
+    "<|endoftext|> a cat <|startoftext|>",
+    "duck " * 100,
+]
+
+
+def test_tokenizer_equals_the_reference(tmp_path):
+    references.write_tokenizer(tmp_path / "tokenizer")
+    ours = UpscalerTokenizer.from_source(tmp_path)
+    # transformers 5 no longer reads special_tokens_map.json beside a tokenizer_config.json; the release's
+    # effective padding is named outright.
+    reference = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer", pad_token="!")
+    assert ours.vocab_size == len(reference) == 512 + len(MERGES) + 2
+    expected = reference(TEXTS, padding="max_length", max_length=77, truncation=True).input_ids
+    assert ours(TEXTS).tolist() == expected
+    assert ours(["wow!"])[0, :5].tolist() == [*reference("wow!").input_ids, 0]
+    assert ours(["wow!"])[0, 2] == 0
+
+
+def test_tokenizer_equals_the_reference_in_clips_own_vocabulary(tmp_path):
+    folder = data_folder()
+    if folder is None or not (folder / "bpe_simple_vocab_16e6.txt.gz").is_file():
+        pytest.skip("CLIP's merges are not here; MTL_ANAGRAM_DATA names the folder that holds them")
+    pairs = CLIPTokenizer(folder / "bpe_simple_vocab_16e6.txt.gz")
+    references.write_tokenizer(tmp_path / "tokenizer")
+    pairs.save(tmp_path / "tokenizer" / "merges.txt")
+    (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps(pairs.names()))
+    ours = UpscalerTokenizer.from_source(tmp_path)
+    reference = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer", pad_token="!")
+    assert ours.vocab_size == 49408
+    expected = reference(TEXTS, padding="max_length", max_length=77, truncation=True).input_ids
+    assert ours(TEXTS).tolist() == expected
+    assert ours(["a photo of a cat!"], 9).tolist() == [[49406, 320, 1125, 539, 320, 2368, 0, 49407, 0]]
+
+
+def test_the_whole_release_loads_lazily(vae, tmp_path):
+    references.unet().save_pretrained(tmp_path / "unet")
+    vae.save_pretrained(tmp_path / "vae")
+    references.text_tower().save_pretrained(tmp_path / "text_encoder")
+    references.write_tokenizer(tmp_path / "tokenizer")
+    references.ddim().save_pretrained(tmp_path / "scheduler")
+    upscaler = load_upscaler(tmp_path)
+    assert upscaler.unet is upscaler.unet
+    text, null = upscaler.encode(["a duck", "a cat"])
+    assert text.shape == (2, 77, 24)
+    assert null.shape == (1, 77, 24)
+    assert upscaler.scheduler_config("low_res_scheduler") is None
+    assert upscaler.scheduler_config("scheduler")[1]["prediction_type"] == "v_prediction"
+    assert upscaler.max_noise_level == 350
+    assert {"unet/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"} <= set(
+        upscaler.files()
+    )

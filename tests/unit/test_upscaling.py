@@ -1,0 +1,438 @@
+"""Stage III's loop: what the views do in it, which of them are exact on latents, what it refuses."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtl_anagram.errors import ConfigError, InputError
+from mtl_anagram.models.upscaler import AutoencoderConfig, LatentDecoder, LatentEncoder
+from mtl_anagram.sampling import (
+    LatentSchedule,
+    NoiseLevels,
+    Recipe,
+    UpscaleRecipe,
+    ddim_step,
+    sample_stage3,
+    split_v,
+)
+from mtl_anagram.sampling.ddim import move_clean
+from mtl_anagram.views import VIEW_NAMES, get_views
+from mtl_anagram.views.rigid import Identity
+from tests.helpers import relative
+from tests.unit.tiny_upscaler import DDIM, LOW_RES, VAE_X4
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Toy:
+    """An odd network of each pixel and its right and lower neighbours: no view leaves it as it is."""
+
+    def __init__(self, *, pointwise=False):
+        self.pointwise = pointwise
+        self.calls = []
+
+    def __call__(self, x, t, text, class_labels):
+        self.calls.append((x, t, text, class_labels))
+        latents, picture = x[:, :-3], x[:, -3:]
+        near = (
+            latents if self.pointwise else latents + 0.5 * x[:, :-3].roll(1, -1) - 0.3 * latents.roll(1, -2)
+        )
+        color = picture.mean(dim=1, keepdim=True) * (1 + 0 * near)
+        return torch.tanh(near * text.mean(dim=(1, 2))[:, None, None, None] + color) * (0.5 + t / 2000)
+
+
+def decode(z):
+    """Latents of three channels, enlarged: commutes with whole turns and mirrors, and with signs."""
+    return 0.5 * F.interpolate(z, scale_factor=4.0)
+
+
+def encode(x):
+    return 2.0 * F.avg_pool2d(x, 4)
+
+
+def run(views, *, unet=None, size=8, seeds=(0, 1), low_res=None, channels=3, texts=None, **changes):
+    views = get_views(views)
+    arguments = {
+        "decode": decode,
+        "encode": encode,
+        "generators": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "channels": channels,
+        "upscale": UpscaleRecipe(num_inference_steps=5, guidance_scale=3.0),
+        "recipe": Recipe.released(),
+    }
+    if low_res is None:
+        low_res = torch.rand(len(seeds), 3, size, size, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    if texts is None:
+        texts = torch.randn(len(views), 4, 6, generator=torch.Generator().manual_seed(6))
+    null = torch.zeros(1, 4, 6)
+    return list(sample_stage3(unet or Toy(), low_res, texts, null, views, **{**arguments, **changes}))
+
+
+def upscale(views, **changes):
+    return UpscaleRecipe(**{"num_inference_steps": 5, "guidance_scale": 3.0, "views": views, **changes})
+
+
+def scores(pictures, t):
+    assert t == 0
+    assert pictures.shape[2:] == (3, 64, 64)
+    return 0.2 + pictures[:, :, 0, 3, 5].abs()
+
+
+def test_states_and_the_draws():
+    generators = [torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)]
+    unet = Toy()
+    states = run(["identity", "flip"], unet=unet, generators=generators)
+    assert [state.index for state in states] == [0, 1, 2, 3, 4]
+    assert [state.timestep for state in states] == [801, 601, 401, 201, 1]
+    assert all(state.latents.shape == (2, 1, 3, 8, 8) for state in states)
+    assert states[-1].picture.shape == (2, 3, 32, 32)
+    assert states[-1].picture.abs().max() <= 1
+    assert states[0].weights.tolist() == [[1, 0], [1, 0]]
+    own = torch.Generator().manual_seed(1)
+    noise, latents = torch.randn(3, 8, 8, generator=own), torch.randn(3, 8, 8, generator=own)
+    assert torch.equal(own.get_state(), generators[1].get_state())
+    x, t, text, level = unet.calls[1]  # the second image's first step
+    assert (t, level) == (801, 0)
+    assert torch.equal(x[0, :3], latents)
+    assert torch.equal(x[0], x[1])
+    low_res = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    assert torch.equal(x[0, 3:], NoiseLevels().add_noise(low_res[1], noise, 0))
+    assert not text[0].any()
+
+
+def test_a_picture_without_negative_values_is_not_rescaled():
+    unet = Toy()
+    bright = torch.full((1, 3, 8, 8), 0.75)
+    run(["identity"], unet=unet, seeds=(0,), low_res=bright, upscale=upscale("first", noise_level=0))
+    assert abs(unet.calls[0][0][0, 3:].mean().item() - 0.75) < 0.01
+
+
+def test_published_mode_leaves_views_and_other_texts_alone():
+    texts = torch.randn(2, 4, 6)
+    ours = run(["rotate_cw", "negate"], texts=texts, encode=None)[-1].picture
+    assert torch.equal(ours, run(["identity"], texts=texts[:1])[-1].picture)
+
+
+@pytest.mark.parametrize("mode", ["first", "all", "all_latents"])
+def test_an_image_is_what_it_is_alone(mode):
+    options = {"upscale": upscale(mode), "score": scores}
+    low_res = torch.rand(2, 3, 8, 8) * 2 - 1
+    both = run(["identity", "rotate_cw"], low_res=low_res, **options)
+    alone = run(["identity", "rotate_cw"], low_res=low_res[1:], seeds=(1,), **options)
+    for together, one in zip(both, alone, strict=True):
+        assert torch.equal(together.latents[1:], one.latents)
+        assert torch.equal(together.scale[1:], one.scale)
+    assert torch.equal(both[-1].picture[1:], alone[-1].picture)
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    """A random decoder and an encoder that is not at all its inverse, 4 px per latent."""
+    torch.manual_seed(0)
+    config = AutoencoderConfig.from_dict(VAE_X4)
+    return LatentDecoder(config).requires_grad_(False), LatentEncoder(config).requires_grad_(False)
+
+
+@pytest.mark.parametrize("mode", ["all", "all_latents"])
+def test_one_view_alone_is_the_published_sampling_exactly(autoencoder, mode):
+    decoder, encoder = autoencoder
+    parts = {"decode": decoder.picture, "encode": encoder.latents, "channels": 4}
+    published = run(["identity"], **parts)
+    ours = run(["identity"], upscale=upscale(mode), **parts)
+    assert torch.equal(ours[-1].picture, published[-1].picture)
+    assert torch.equal(ours[-1].latents, published[-1].latents)
+
+
+@pytest.mark.parametrize("mode", ["all", "all_latents"])
+def test_views_that_agree_change_nothing_whatever_the_autoencoder(autoencoder, mode):
+    decoder, encoder = autoencoder
+    parts = {"decode": decoder.picture, "encode": encoder.latents, "channels": 4}
+    texts = torch.randn(1, 4, 6)
+    published = run(["identity"], texts=texts, **parts)[-1].picture
+    recipe = Recipe.corrected()
+    ours = run(["identity"] * 3, texts=texts.repeat(3, 1, 1), upscale=upscale(mode), recipe=recipe, **parts)
+    assert relative(ours[-1].picture, published) < 1e-4
+    assert torch.allclose(ours[-1].scale, torch.ones(2), atol=1e-5)
+
+
+RIGID = ["rotate_cw", "flip", "rotate_180", "rotate_ccw"]
+
+
+@pytest.mark.parametrize("view", RIGID)
+@pytest.mark.parametrize(
+    "recipe", [Recipe.released(), Recipe.corrected(), Recipe.released(rectification=False), Recipe.plain()]
+)
+def test_both_ways_agree_where_the_decoder_is_blind_to_the_view(view, recipe):
+    views = ["identity", view, "flip"]
+    options = {"recipe": recipe, "score": scores}
+    pixels = run(views, upscale=upscale("all"), **options)
+    latents = run(views, upscale=upscale("all_latents"), **options)
+    for one, other in zip(pixels, latents, strict=True):
+        assert relative(one.scale, other.scale) < 1e-4
+        assert torch.equal(one.weights, other.weights)
+        assert relative(one.latents[:, 0], other.latents[:, 0]) < 1e-4
+    assert relative(pixels[-1].picture, latents[-1].picture) < 1e-4
+    scaled = recipe.rectification
+    assert ((pixels[2].scale - 1).abs().min() > 1e-4) == scaled
+    assert (pixels[0].weights.std() > 0.01) == recipe.balancing
+    published = run(views, **options)[-1].picture
+    assert relative(latents[-1].picture, published) > 0.02  # the other views had their say
+
+
+@pytest.mark.parametrize("name", [name for name in VIEW_NAMES if name not in ("negate", "permutation")])
+def test_every_permutation_is_exact_in_the_algebra_on_latents(name):
+    """With a network that treats each pixel alone, the view's way in and out cancels, to the last bit."""
+    options = {"unet": Toy(pointwise=True), "size": 64, "seeds": (0,)}
+    texts = torch.randn(1, 4, 6)
+    published = run(["identity"], texts=texts, **options)[-1]
+    ours = run([name], texts=texts, upscale=upscale("all_latents"), **options)[-1]
+    assert torch.equal(ours.latents, published.latents)
+
+
+def test_the_step_commutes_with_permutations():
+    (view,) = get_views(["jigsaw"])
+    schedule = LatentSchedule(75)
+    v, x = torch.randn(2, 1, 4, 64, 64)
+    plain = ddim_step(*split_v(v, x, 482, schedule), 482, schedule)
+    viewed = ddim_step(*split_v(view.view(v), view.view(x), 482, schedule), 482, schedule)
+    assert torch.equal(view.inverse_view(viewed), plain)
+
+
+def symmetric(decoder):
+    """Every kernel averaged over the square's eight symmetries."""
+    for parameter in decoder.parameters():
+        if parameter.ndim == 4:
+            turns = [torch.rot90(parameter, k, (2, 3)) for k in range(4)]
+            parameter.copy_(sum(turn + turn.flip(-1) for turn in turns) / 8)
+    return decoder
+
+
+@pytest.mark.parametrize("name", [*RIGID, "patch_permute", "inner_circle"])
+def test_which_views_a_decoder_is_blind_to(autoencoder, name):
+    """Turns and mirrors if its kernels are; views with cuts not even then; in general none but the identity."""
+    torch.manual_seed(0)
+    decoder = LatentDecoder(AutoencoderConfig.from_dict(VAE_X4)).requires_grad_(False)
+    (view,) = get_views([name], [{"num_patches": 2, "seed": 1}] if name == "patch_permute" else None)
+    z = torch.randn(1, 4, 64, 64)
+
+    def gap():
+        return relative(decoder(view.view(z)), view.view(decoder(z)))
+
+    assert gap() > 0.05
+    symmetric(decoder)
+    if name in RIGID:
+        assert gap() < 1e-5
+    else:
+        assert gap() > 0.01
+
+
+def test_negation_is_for_pixels():
+    with pytest.raises(InputError, match=r"negate.*changes values.*views=\"all\""):
+        run(["identity", "negate"], upscale=upscale("all_latents"))
+    with pytest.raises(InputError, match="changes values"):
+        run(["rotate_cw+negate"], upscale=upscale("all_latents"))
+    # Everything in this toy is odd: seen negated, it is the same sampling with all signs changed.
+    texts = torch.randn(1, 4, 6)
+    published = run(["identity"], texts=texts)[-1]
+    negated = run(["negate"], texts=texts, upscale=upscale("all"))[-1]
+    assert torch.equal(negated.latents, -published.latents)
+    assert torch.equal(negated.picture, published.picture)
+
+
+def test_the_exchange_draws_the_views_together():
+    """What the two readers' latents decode to differs less with every exchange than without any."""
+    views = get_views(["identity", "rotate_cw"])
+
+    def disagreement(every):
+        states = run(
+            ["identity", "rotate_cw"],
+            upscale=upscale("all", exchange_every=every, num_inference_steps=10),
+            recipe=Recipe.plain(),
+        )
+        seen = [decode(states[-2].latents[:, i]) for i in range(2)]
+        return (views[0].inverse_view(seen[0]) - views[1].inverse_view(seen[1])).abs().mean()
+
+    assert disagreement(1) < 1e-5  # this toy's decoder is blind to turns: they are one picture
+    assert disagreement(4) > 10 * disagreement(1)
+    assert disagreement(10) > disagreement(4)
+
+
+def test_how_often_pictures_are_exchanged():
+    calls = []
+
+    def counting(z):
+        calls.append(z.shape)
+        return decode(z)
+
+    for every, exchanges in ((1, 5), (2, 3), (5, 1), (999, 1)):
+        calls.clear()
+        run(["identity", "flip"], decode=counting, seeds=(0,), upscale=upscale("all", exchange_every=every))
+        assert len(calls) == 2 * exchanges + 2
+        assert set(calls) == {(1, 3, 8, 8)}
+
+
+def test_memory_does_not_grow_with_images_and_views():
+    unet = Toy()
+    run(["identity", "flip", "rotate_cw"], unet=unet, upscale=upscale("all"))
+    assert {call[0].shape[0] for call in unet.calls} == {2}
+    assert len(unet.calls) == 5 * 2 * 3
+
+
+def test_prepared_texts_are_used_for_all_steps():
+    class Prepared(Toy):
+        prepared = 0
+
+        def prepare(self, rows):
+            self.prepared += 1
+            assert rows.shape == (2, 4, 6)
+            return rows
+
+    unet = Prepared()
+    ours = run(["identity", "flip"], unet=unet, upscale=upscale("all"))
+    assert unet.prepared == 2
+    assert torch.equal(ours[-1].picture, run(["identity", "flip"], upscale=upscale("all"))[-1].picture)
+
+
+def test_splitting_anew_is_the_same_latents():
+    schedule = LatentSchedule(20)
+    x, v, shift = torch.randn(3, 2, 4, 8, 8)
+    x0, noise = move_clean(*split_v(v, x, 251, schedule), shift, 251, schedule)
+    alpha = schedule.alpha_bar(251)
+    assert torch.allclose(alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise, x, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"low_res": torch.full((2, 3, 8, 8), 1.5)}, r"up to 1.5: give pictures in \[-1, 1\]"),
+        ({"low_res": torch.full((2, 3, 8, 8), float("nan"))}, "up to nan"),
+        ({"low_res": torch.zeros(3, 3, 8, 8)}, "one picture per generator"),
+        ({"low_res": torch.zeros(2, 4, 8, 8)}, "low_res has shape"),
+        ({"low_res": torch.zeros(2, 3, 8, 16), "upscale": upscale("all")}, "square"),
+        ({"texts": torch.zeros(1, 4, 6)}, "text has shape"),
+        ({"texts": torch.zeros(2, 4, 7)}, "null has shape"),
+        ({"texts": torch.full((2, 4, 6), float("inf"))}, "not finite"),
+        ({"encode": None, "upscale": upscale("all")}, "give encode"),
+        ({"decode": None}, "decode is NoneType"),
+        ({"encode": 3}, "encode is int"),
+        ({"score": "clip"}, "score is str"),
+        ({"upscale": Recipe.released()}, "give an UpscaleRecipe"),
+        ({"recipe": UpscaleRecipe()}, "give a Recipe"),
+        ({"schedule": LatentSchedule(6)}, "6 steps, the upscale recipe 5"),
+        ({"schedule": 5}, "schedule is int"),
+        ({"noise_levels": 5}, "noise_levels is int"),
+        ({"noise_levels": NoiseLevels(num_train_timesteps=10), "upscale": upscale("first", noise_level=10)},
+         "below 10"),
+        ({"channels": 0}, "channels=0"),
+        ({"generators": [torch.Generator()]}, "one picture per generator"),
+        ({"generators": torch.Generator()}, "list with one CPU"),
+        ({"unet": "unet"}, "unet is str"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused_at_the_call(changes, message):
+    with pytest.raises(InputError, match=message):
+        run(["identity", "flip"], **changes)
+
+
+class Small(Identity):
+    """A view of small pictures only."""
+
+    name, sizes = "small", "at most 8"
+
+    def allows(self, size):
+        return size <= 8
+
+
+def test_views_that_the_large_size_does_not_suit():
+    with pytest.raises(InputError, match="size=32 px does not suit the view 'small'"):
+        run([Small()], upscale=upscale("all"))
+    assert run([Small()])[-1].picture is not None  # as published, views are not looked at
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"unet": lambda x, t, text, class_labels: x}, "instead of"),
+        (
+            {"unet": lambda x, t, text, class_labels: x[:, :3] * float("nan")},
+            r"not finite at step 0 \(t=801\)",
+        ),
+        ({"decode": lambda z: z}, "decode returned"),
+        ({"decode": lambda z: decode(z) * float("inf")}, "decode in float32"),
+        ({"encode": lambda x: x}, "encode returned"),
+        ({"score": lambda pictures, t: torch.ones(2)}, "score returned"),
+    ],
+)
+def test_what_the_callables_return_is_checked(changes, message):
+    with pytest.raises(InputError, match=message):
+        run(["identity", "flip"], upscale=upscale("all"), **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_inference_steps": 1000}, "from 1 to 999"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"noise_level": 1000}, "noise_level"),
+        ({"views": "both"}, "'first', 'all', 'all_latents'"),
+        ({"exchange_every": 0}, "exchange_every"),
+    ],
+)
+def test_upscale_recipes_that_are_none(changes, message):
+    with pytest.raises(InputError, match=message):
+        UpscaleRecipe(**changes)
+
+
+def test_an_upscale_recipe_goes_through_json():
+    changed = UpscaleRecipe(guidance_scale=7, views="all", exchange_every=3)
+    assert UpscaleRecipe.from_dict(changed.to_dict()) == changed
+    assert UpscaleRecipe.from_dict({}) == UpscaleRecipe()
+    assert dataclasses.astuple(UpscaleRecipe()) == (75, 9.0, 0, "first", 1)
+    with pytest.raises(InputError, match="did you mean 'views'"):
+        UpscaleRecipe.from_dict({"view": "all"})
+    with pytest.raises(InputError, match="JSON object"):
+        UpscaleRecipe.from_dict([])
+
+
+def test_schedules_of_the_release():
+    schedule = LatentSchedule.from_config(DDIM, 75)
+    assert schedule.timesteps[:2] + schedule.timesteps[-2:] == (963, 950, 14, 1)
+    assert schedule == LatentSchedule(75)
+    table = NoiseLevels.from_config(LOW_RES).alphas_cumprod
+    assert [round(table[level].item(), 7) for level in (0, 20, 350)] == [0.9999, 0.9973013, 0.6404841]
+    assert schedule.alpha_bar(-12).item() == schedule.alphas_cumprod[0].item()
+    assert LatentSchedule(75, set_alpha_to_one=True).alpha_bar(-12) == 1
+    with pytest.raises(InputError, match="a step less"):
+        LatentSchedule(1000)
+    with pytest.raises(InputError, match="none of the schedule's 75 timesteps"):
+        ddim_step(torch.zeros(1), torch.zeros(1), 2, schedule)
+
+
+@pytest.mark.parametrize(
+    "config, changes, message",
+    [
+        (DDIM, {"prediction_type": "epsilon"}, "prediction_type='epsilon'"),
+        (DDIM, {"clip_sample": True}, "clip_sample=True"),
+        (DDIM, {"timestep_spacing": "trailing"}, "timestep_spacing"),
+        (DDIM, {"beta_schedule": "linear"}, "beta_schedule"),
+        (DDIM, {"_class_name": "DDPMScheduler"}, "_class_name='DDPMScheduler'"),
+        (DDIM, {"steps_offset": -1}, "steps_offset"),
+        (DDIM, {"set_alpha_to_one": 1}, "set_alpha_to_one"),
+        (DDIM, {"beta_begin": 1}, "did you mean 'beta_end'|unknown scheduler field 'beta_begin'"),
+        (LOW_RES, {"beta_end": 2.0}, "beta_end"),
+        (LOW_RES, {"_class_name": "DDIMScheduler"}, "_class_name"),
+        (LOW_RES, {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
+    ],
+)
+def test_scheduler_configs_that_are_none(config, changes, message):
+    read = LatentSchedule.from_config if config is DDIM else NoiseLevels.from_config
+    with pytest.raises(ConfigError, match=message):
+        read({**config, **changes})
+
+
+@pytest.mark.parametrize("name", ["prediction_type", "clip_sample", "beta_schedule"])
+def test_a_scheduler_config_must_spell_what_its_format_would_default_otherwise(name):
+    with pytest.raises(ConfigError, match=f"lacks {name}"):
+        LatentSchedule.from_config({key: value for key, value in DDIM.items() if key != name})
