@@ -6,13 +6,15 @@ The judge has no say in the choice; a dot after a name says that it reads that n
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
 from mtl_anagram import Cascade, Protocol, evaluate, get_views
-from mtl_anagram.evaluation import choose_pairs
+from mtl_anagram.cascade import embedded_folder
+from mtl_anagram.evaluation import choose_pairs, concepts_of
 from mtl_anagram.media import decode_png, to_uint8
 from mtl_anagram.metrics import anagram_score
 from mtl_anagram.models import load_judge
@@ -23,20 +25,27 @@ SIDE, TEXT, GAP = 128, 16, 10  # px: of a picture, of its line of text, between 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sheet", help="the PNG to write")
+    parser.add_argument("sheet", nargs="?", default="sheet.png", help="the PNG to write (default: sheet.png)")
     parser.add_argument("--folder", default="evaluation", help="where samples are kept, and found again")
     parser.add_argument("--model", help="default: the embedded cascade")
+    parser.add_argument("--concepts", nargs="+", help="default: all that the model has learnt")
     parser.add_argument("--pair-count", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--steps", type=int, help="default: the model's recipe's")
     parser.add_argument("--style", default="a sketch of")
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--columns", type=int, default=4)
     args = parser.parse_args()
 
     cascade = Cascade.from_pretrained(args.model)
-    judge = load_judge(args.model or Path(__file__).parents[1] / "weights")
+    recipe = cascade.recipe
+    if args.steps is not None:
+        recipe = dataclasses.replace(recipe, num_inference_steps=args.steps)
+    folder = Path(args.model or embedded_folder())
+    judge = load_judge(folder)
+    concepts = args.concepts or concepts_of(folder)
     protocol = Protocol(
-        pairs=choose_pairs(judge.names, args.pair_count), recipes={"own": cascade.recipe}, style=args.style,
+        pairs=choose_pairs(concepts, args.pair_count), recipes={"own": recipe}, style=args.style,
         seeds=tuple(range(args.seeds)),
     )  # fmt: skip
     evaluate(cascade, protocol, args.folder, judge=judge, progress=True)
@@ -45,7 +54,7 @@ def main() -> None:
     for path in sorted((Path(args.folder) / "cells").glob("own-*.json")):
         cell = read_json(path)
         request = cell["request"]
-        if request["recipe"] != cascade.recipe.to_dict() or request["style"] != args.style:
+        if request["recipe"] != recipe.to_dict() or request["style"] != args.style:
             continue
         if tuple(request["names"]) not in protocol.pairs or request["view"] not in protocol.views:
             continue
@@ -74,7 +83,7 @@ def main() -> None:
         turn = request["view"].replace("rotate_", "")
         draw.text((left + 2 * SIDE - 30, top + SIDE + 2), turn, fill="gray")
     sheet.save(args.sheet, optimize=True)
-    print(f"{args.sheet}: {min(args.count, len(found))} anagrams of {len(found)} pairs and views")
+    print(f"{args.sheet}  {min(args.count, len(found))} anagrams of {len(found)} pairs and views")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ def add_parser(commands: Any, where: Any) -> None:
         "concealment and what the judge names, and write OUT/cells/* and OUT/report.json. The same command goes on "
         "where it was stopped.",
     )
-    parser.add_argument(
-        "--concepts", nargs="+", metavar="NAME", help="default: all that the model's judge knows"
-    )
+    parser.add_argument("--concepts", nargs="+", metavar="NAME", help="default: what the model has learnt")
     parser.add_argument("--pairs", nargs="+", metavar="A/B", help="these pairs instead, such as duck/rabbit")
     parser.add_argument("--pair-count", type=int, metavar="N", help="N pairs by a fixed draw (default: all)")
     parser.add_argument("--pair-seed", type=int, default=0, help="of that draw (default: 0)")
@@ -44,20 +42,22 @@ def add_parser(commands: Any, where: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from .cascade import embedded_folder
     from .cli import parse_seeds
     from .cli_models import cascade_of
     from .errors import InputError
-    from .evaluation import ABLATION, Protocol, choose_pairs, evaluate
+    from .evaluation import ABLATION, Protocol, choose_pairs, concepts_of, evaluate
     from .metrics import TEMPERATURE
     from .models.sources import read_config
     from .report import as_table
     from .sampling import Recipe
 
     cascade = cascade_of(arguments)
-    judge = _judge(arguments)
-    names: list[str] = arguments.concepts or (judge.names if judge is not None else [])
+    folder = embedded_folder() if arguments.model is None else Path(arguments.model)
+    judge = _judge(arguments.judge, folder)
+    names = arguments.concepts or concepts_of(folder) or (judge.names if judge is not None else [])
     if not names and not arguments.pairs:
-        raise InputError("no judge, so no list of names: give --concepts or --pairs")
+        raise InputError("neither the model nor a judge lists its names: give --concepts or --pairs")
     if arguments.pairs:
         pairs = tuple(tuple(pair.split("/")) for pair in arguments.pairs)
     elif arguments.singles:
@@ -98,11 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _judge(arguments: argparse.Namespace) -> Any:
-    from .cascade import embedded_folder
+def _judge(source: str | None, folder: Path) -> Any:
     from .models import load_judge
 
-    if arguments.judge is not None:
-        return load_judge(arguments.judge)
-    folder = embedded_folder() if arguments.model is None else Path(arguments.model)
+    if source is not None:
+        return load_judge(source)
     return load_judge(folder) if (folder / "judge" / "judge.json").is_file() else None

@@ -23,7 +23,7 @@ from torch import Tensor
 from .atomic import write_atomically
 from .cascade import MAX_TOKENS, Cascade, combined_checksum
 from .checks import whole_number
-from .errors import InputError
+from .errors import ConfigError, InputError
 from .job import check_seeds, check_sizes
 from .media import encode_png
 from .metrics import TEMPERATURE, score_matrix
@@ -108,6 +108,15 @@ def choose_pairs(
         for name in best:
             uses[name] += 1
     return tuple(chosen)
+
+
+def concepts_of(folder: Path) -> list[str]:
+    """The concepts that a cascade's folder says it has learnt, in its cascade.json; none = []."""
+    index = folder / "cascade.json"
+    names = read_json(index).get("concepts", []) if index.is_file() else []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{index}: concepts={names!r} must be a list of names; change it back")
+    return names
 
 
 @dataclass
