@@ -58,7 +58,8 @@ def test_commands_run(tmp_path, monkeypatch, capsys):
         else:
             assert words[1] in ("repeat", "evaluate")
         if words[1] == "evaluate":
-            words = words[: words.index("--pair-count")] + [
+            words = [
+                *words[: words.index("--pair-count")],
                 "--pair-count",
                 "1",
                 "--seed",
