@@ -12,6 +12,7 @@ from .metrics import alignment, anagram_score, concealment, quantile
 
 DRAWS, SEED = 4_000, 0  # of the bootstrap
 BASELINE = "plain"
+SHARES = ("all_named", "all_named_over_plain", "any_of_n", "best_of_n", "best_of_n_over_plain")  # columns
 
 
 def report(cells: Sequence[dict[str, Any]], temperature: float) -> dict[str, Any]:
@@ -37,12 +38,13 @@ def report(cells: Sequence[dict[str, Any]], temperature: float) -> dict[str, Any
 
 def as_table(summary: dict[str, Any]) -> str:
     """The report's rows as a Markdown table."""
-    head = ["view", "recipe", "samples", "A", "A.9", "C", "C.9", "all read", "best of N", "over plain"]
+    head = ["view", "recipe", "samples", "A", "A.9", "C", "C.9", "all read", "over plain"]
+    head += ["any of N", "best of N", "best over plain"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in summary["rows"]:
         view = "one reading" if row["readings"] == 1 else row["view"]
         figures = [f"{row[name]:.3f}" for name in ("A", "A.9", "C", "C.9")]
-        shares = [_share(row.get(name)) for name in ("all_named", "best_of_n", "best_of_n_over_plain")]
+        shares = [_share(row.get(name)) for name in SHARES]
         lines.append("| " + " | ".join([view, row["recipe"], str(row["samples"]), *figures, *shares]) + " |")
     return "\n".join(lines)
 
