@@ -31,6 +31,7 @@ from .models.judge import Judge
 from .models.sources import read_json
 from .output import check_folder
 from .prompts import concept_span, styled
+from .report import report
 from .sampling import Recipe, sample_stage1, sample_stage2
 from .sampling.guidance import to_views
 from .views import View, get_views
@@ -187,8 +188,6 @@ def evaluate(
             content = {"recipe_name": recipe_name, "request": request, "samples": samples}
             write_atomically(path, (json.dumps(content) + "\n").encode())
         results.append(read_json(path))
-    from .report import report
-
     summary = report(results, protocol.temperature)
     write_atomically(out / "report.json", (json.dumps(summary, indent=1) + "\n").encode())
     return summary

@@ -85,6 +85,25 @@ class Plan:
         return len(ends) - part, self.batches[part]
 
 
+@torch.no_grad()
+def start_near_identity(unet: UNet) -> None:
+    """Residual branches begin at zero or near it, and so does the output."""
+    unet.conv_out.weight.zero_()
+    for module in unet.modules():
+        if isinstance(module, Resnet):
+            module.conv2.weight.zero_()
+        elif isinstance(module, JointAttention):
+            module.to_out[0].weight.mul_(0.1)
+
+
+@torch.no_grad()
+def average(ema: dict[str, Tensor], module: nn.Module, step: int) -> None:
+    """Move the parameters' running averages towards the parameters as they are after `step` updates."""
+    decay = min(EMA_LIMIT, (1 + step) / (10 + step))
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    torch._foreach_lerp_([ema[name] for name in names], list(parameters), 1 - decay)
+
+
 class Model(nn.Module):
     """Text encoder and UNet as one thing to optimise."""
 
@@ -114,12 +133,7 @@ class Model(nn.Module):
     @torch.no_grad()
     def _start(self, plan: Plan) -> None:
         """Residual branches begin at zero, T5's logits small: both start as nearly the identity."""
-        self.unet.conv_out.weight.zero_()
-        for module in self.unet.modules():
-            if isinstance(module, Resnet):
-                module.conv2.weight.zero_()
-            elif isinstance(module, JointAttention):
-                module.to_out[0].weight.mul_(0.1)
+        start_near_identity(self.unet)
         for name, parameter in self.t5.named_parameters():
             if name.endswith("SelfAttention.q.weight"):
                 parameter.normal_(std=(plan.text_width * 32) ** -0.5)
@@ -225,10 +239,7 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.seen = self.step + 1, self.seen + size
-        decay = min(EMA_LIMIT, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            names, parameters = zip(*self.model.named_parameters(), strict=True)
-            torch._foreach_lerp_([self.ema[name] for name in names], list(parameters), 1 - decay)
+        average(self.ema, self.model, self.step)
         return simple.mean().item(), bound.mean().item(), norm.item()
 
     def freeze_text(self) -> None:

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from mtl_anagram.models import load_t5
 from mtl_anagram.models.configs import UNetConfig
 from mtl_anagram.models.unet import UNet
-from mtl_anagram.models.unet_blocks import JointAttention, Resnet
 from training import captions, checkpoints, drawings, styles
-from training.diffusion import STEPS, VLB_WEIGHT, Diffusion
-from training.train_stage1 import EMA_LIMIT, TEXT_DROPOUT
+from training.diffusion import STEPS, VLB_WEIGHT, Diffusion, sample
+from training.train_stage1 import TEXT_DROPOUT, average, start_near_identity
 
 SIZE = 256
 OUT_SCALE = 1.4142271248762552  # the released stage II's, 1/0.7071
@@ -81,13 +80,7 @@ def network(plan: Plan) -> UNet:
             resnet_skip_time_act=True, resnet_out_scale_factor=OUT_SCALE, mid_block_scale_factor=OUT_SCALE,
         )
     )  # fmt: skip
-    with torch.no_grad():
-        unet.conv_out.weight.zero_()
-        for module in unet.modules():
-            if isinstance(module, Resnet):
-                module.conv2.weight.zero_()
-            elif isinstance(module, JointAttention):
-                module.to_out[0].weight.mul_(0.1)
+    start_near_identity(unet)
     return unet
 
 
@@ -158,10 +151,7 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.seen = self.step + 1, self.seen + size
-        decay = min(EMA_LIMIT, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            names, parameters = zip(*self.unet.named_parameters(), strict=True)
-            torch._foreach_lerp_([self.ema[name] for name in names], list(parameters), 1 - decay)
+        average(self.ema, self.unet, self.step)
         return simple.mean().item(), bound.mean().item(), norm.item()
 
     def begin_from(self, folder: Path) -> None:
@@ -204,18 +194,12 @@ class Trainer:
         texts = self.states[self.places[self.data["test_labels"][rows], columns]]
 
         def predict(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-            out = self.unet_call(unet, torch.cat([x, low], 1), t, texts, levels)
+            with torch.autocast("cpu", torch.bfloat16):
+                out = unet(torch.cat([x, low], 1), t, texts, class_labels=levels).float()
             return out, out
-
-        from training.diffusion import sample
 
         made = sample(predict, x0.shape, g, steps=steps, guidance=1.0, limit=1.0)
         return torch.cat([large, made, x0])
-
-    @staticmethod
-    def unet_call(unet: UNet, x: Tensor, t: int, texts: Tensor, levels: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return unet(x, t, texts, class_labels=levels).float()
 
 
 @torch.no_grad()
