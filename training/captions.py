@@ -32,7 +32,7 @@ LATER_STYLES = (
     "a black and white drawing of", "a blue print of", "a red, green and yellow picture of",
 )  # fmt: skip
 # How often training draws one of the sketch's words; the other styles share the rest.
-SKETCHES = 0.6
+SKETCHES = 0.7
 _BARE = {"the mona lisa"}
 _PLURAL = {"headphones", "pants"}
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-&/+"

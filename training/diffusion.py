@@ -50,6 +50,15 @@ class Diffusion:
         a = column(self.alpha_bar, t)
         return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
+    def weight_of_picture(self, t: Tensor) -> Tensor:
+        """How much a noise error at timesteps (B,) matters to the picture, (B,), from 1 to 20.
+
+        An error of the noise is one of the picture times sqrt((1 - a) / a), which is large where there is
+        much noise; the plain loss, which forgets it, is kept where there is little.
+        """
+        a = self.alpha_bar[t]
+        return (1 + 0.2 * (1 - a) / a).clamp(max=20)
+
     def losses(
         self, prediction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:

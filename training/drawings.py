@@ -128,6 +128,19 @@ def load(data: str | Path, concepts: tuple[str, ...], cache: str | Path) -> dict
     return loaded
 
 
+def load_some(data: str | Path, concepts: tuple[str, ...], cache: str | Path) -> dict[str, Tensor]:
+    """`load` of all of CONCEPTS, the labels being places in `concepts`; -1 for drawings of others."""
+    unknown = [name for name in concepts if name not in CONCEPTS]
+    if unknown or not concepts:
+        raise SystemExit(
+            f"no drawings of {', '.join(unknown) or 'nothing'}; there are: {', '.join(CONCEPTS)}"
+        )
+    loaded = load(data, CONCEPTS, cache)
+    places = torch.full((len(CONCEPTS),), -1)
+    places[[CONCEPTS.index(name) for name in concepts]] = torch.arange(len(concepts))
+    return loaded | {f"{split}_labels": places[loaded[f"{split}_labels"]] for split in dict.fromkeys(SPLITS)}
+
+
 def load_typical(cache: str | Path) -> Tensor:
     """How typical every drawing of the train split is, (N,): what `training.train_judge --curate` wrote."""
     file = Path(cache) / "typical.pt"

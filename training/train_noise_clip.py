@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,11 @@ from torch import Tensor, nn
 from mtl_anagram.models.attention import sinusoids
 from mtl_anagram.models.noise_clip import ImageEncoder, TextEncoder
 from mtl_anagram.models.tokenizers import CLIPTokenizer
-from training import captions, checkpoints, drawings, styles
+from training import captions, drawings, loop, styles
 from training.diffusion import STEPS, Diffusion
 
+GIVEN = ("pictures", "batch", "cooldown", "seed", "lr", "typical", "clear")  # settings of the command
+CLEAR = 150  # timesteps with hardly any noise
 PROBES = (0, 300, 600, 750, 850, 920, 957)  # timesteps at which held-out drawings are scored
 
 
@@ -32,6 +31,7 @@ class Plan:
     because balancing raises them to negative powers (the published CLIP's are positive for pictures of any
     kind). `half_range`: the share of pictures handed over as x/2 + 0.5, the range in which the released code
     scores pictures.
+    `clear`: the share of pictures with hardly any noise, t < 150: the CLIP chooses among finished pictures, too.
     `easy`: pictures over which the highest timestep rises from 200 to the last.
     """
 
@@ -46,6 +46,7 @@ class Plan:
     floor: float = 0.1
     floor_weight: float = 200.0
     half_range: float = 0.125
+    clear: float = 0.25
     easy: int = 24_000
     one_style: float = 0.75
     typical: float = 0.6
@@ -93,6 +94,8 @@ class Towers(nn.Module):
 class Trainer:
     """The state of a training, one step at a time; all randomness comes from one generator."""
 
+    MEASURES = ("loss", "top1")
+
     def __init__(
         self,
         plan: Plan,
@@ -102,7 +105,7 @@ class Trainer:
         typical: Tensor | None = None,
     ) -> None:
         torch.manual_seed(plan.seed)
-        self.plan, self.data = plan, data
+        self.plan, self.data, self.concepts = plan, data, concepts
         self.towers = Towers(plan, tokenizer.vocab_size)
         self.optimizer = torch.optim.AdamW(
             self.towers.parameters(),
@@ -142,6 +145,8 @@ class Trainer:
         x0 = styles.paint(fields, captions.paint_of(choice[labels]), g)
         highest = min(STEPS, 200 + int(0.8 * STEPS * self.seen / self.plan.easy))
         t = torch.randint(highest, (size,), generator=g)
+        clear = torch.rand(size, generator=g) < self.plan.clear
+        t = torch.where(clear, t % CLEAR, t)
         x_t = self.diffusion.noised(x0, t, torch.randn(x0.shape, generator=g))
         half = torch.rand(size, generator=g) < self.plan.half_range
         x_t = torch.where(half[:, None, None, None], x_t / 2 + 0.5, x_t)
@@ -162,7 +167,8 @@ class Trainer:
     def probe(self, count: int = 600) -> dict[str, Any]:
         """Held-out drawings, the styles in turn: how often their own caption comes first of all concepts', by t."""
         g = torch.Generator().manual_seed(7)
-        test = torch.randperm(len(self.data["test_labels"]), generator=g)[:count]
+        known = torch.nonzero(self.data["test_labels"] >= 0)[:, 0]
+        test = known[torch.randperm(len(known), generator=g)[:count]]
         labels = self.data["test_labels"][test]
         fields = torch.stack([self.data["test"][test], self.data["test_shapes"][test]], 1).float().div(255)
         which = torch.arange(len(test)) % len(styles.PAINTS)
@@ -185,7 +191,7 @@ class Trainer:
             }
         return result
 
-    def start_from(self, folder: Path) -> None:
+    def begin_from(self, folder: Path) -> None:
         """Take the weights of an exported CLIP of the same sizes; the optimizer starts anew."""
         for tower, name in ((self.towers.image, "clip_image_enc"), (self.towers.text, "clip_text_enc")):
             tower.load_state_dict(load_file(folder / f"{name}.safetensors"))
@@ -193,8 +199,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """All that a later stretch needs to go on as if there had been no break."""
         return {
-            "plan": dataclasses.asdict(self.plan), "step": self.step, "seconds": self.seconds,
-            "model": self.towers.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "plan": dataclasses.asdict(self.plan), "concepts": self.concepts, "step": self.step,
+            "seconds": self.seconds, "model": self.towers.state_dict(), "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
         }  # fmt: skip
 
@@ -206,71 +212,17 @@ class Trainer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="folder of the drawings (see training/README.md)")
-    parser.add_argument("--cache", default="runs/data", help="folder of the packed drawings")
+    parser = loop.options(__doc__, Plan(), GIVEN, "runs/noise_clip")
     parser.add_argument("--merges", default="weights/noise_clip/merges.txt")
-    parser.add_argument("--run", default="runs/noise_clip", help="folder of the checkpoint and log")
-    parser.add_argument(
-        "--minutes", type=float, default=9.0, help="stop after this long; the same command goes on"
-    )
-    parser.add_argument(
-        "--pictures", type=int, default=None, help="length of the whole training, in pictures"
-    )
-    parser.add_argument("--lr", type=float, default=None)
-    parser.add_argument("--typical", type=float, default=None, help="share of the drawings, 1 = all")
-    parser.add_argument(
-        "--cooldown", type=int, default=None, help="pictures over which the learning rate falls"
-    )
-    parser.add_argument(
-        "--init", default=None, help="a folder of exported towers to start from, the first time"
-    )
-    parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
-    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    run = Path(args.run)
-    run.mkdir(parents=True, exist_ok=True)
-    state = checkpoints.load(run)
-    settings = {} if state is None else dict(state["plan"])
-    given = {name: getattr(args, name) for name in ("pictures", "lr", "typical", "cooldown")}
-    settings.update({name: value for name, value in given.items() if value is not None})
-    plan = Plan(**settings)
-    data = drawings.load(args.data, drawings.CONCEPTS, args.cache)
-    typical = drawings.load_typical(args.cache) if plan.typical < 1 else None
-    trainer = Trainer(plan, data, CLIPTokenizer(args.merges), typical=typical)
-    if state is not None:
-        trainer.load(state)
-    elif args.init is not None:
-        trainer.start_from(Path(args.init))
-    log = (run / "log.jsonl").open("a", buffering=1)
-    count = sum(p.numel() for p in trainer.towers.parameters())
-    print(
-        json.dumps({"parameters": count, "resumed_at": trainer.step, **dataclasses.asdict(plan)}), flush=True
-    )
-    begin = last_save = last_log = time.monotonic()
-    carried, sums, steps = trainer.seconds, torch.zeros(2), 0
-    while trainer.seen < plan.pictures and time.monotonic() - begin < 60 * args.minutes:
-        sums, steps = sums + torch.tensor(trainer.train_step()), steps + 1
-        now = time.monotonic()
-        trainer.seconds = carried + now - begin
-        if steps == 50:
-            loss, top = (sums / steps).tolist()
-            line: dict[str, Any] = {
-                "step": trainer.step, "pictures": trainer.seen, "minutes": round(trainer.seconds / 60, 2),
-                "loss": round(loss, 4), "top1": round(top, 4),
-                "per_second": round(steps * plan.batch / (now - last_log), 1),
-            }  # fmt: skip
-            log.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
-            sums, steps, last_log = torch.zeros(2), 0, now
-        if now - last_save > 60 * args.checkpoint_minutes:
-            checkpoints.save(trainer.state(), run)
-            last_save = time.monotonic()
-    checkpoints.save(trainer.state(), run)
-    line = {"pictures": trainer.seen, "held_out": trainer.probe()}
-    log.write(json.dumps(line) + "\n")
-    print(json.dumps(line), flush=True)
+
+    def make(
+        plan: Plan, data: dict[str, Tensor], concepts: tuple[str, ...], typical: Tensor | None
+    ) -> Trainer:
+        return Trainer(plan, data, CLIPTokenizer(args.merges), concepts, typical)
+
+    trainer = loop.begin(args, Plan(), GIVEN, make)
+    loop.go(trainer, args, lambda run: {"held_out": trainer.probe()})
 
 
 if __name__ == "__main__":

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import time
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from mtl_anagram.models.t5 import T5Encoder
 from mtl_anagram.models.t5_config import T5Config
 from mtl_anagram.models.unet import UNet
 from mtl_anagram.models.unet_blocks import JointAttention, Resnet, TextContext
-from training import captions, checkpoints, drawings, growing, styles
+from training import captions, drawings, growing, loop, styles
 from training.diffusion import VLB_WEIGHT, Diffusion, sample, timestep_weights
 from training.growing import heads_for, pooled, pooled_noise
 
@@ -176,6 +173,8 @@ def chosen(context: TextContext, rows: Tensor) -> TextContext:
 class Trainer:
     """The state of a training, one step at a time; all randomness comes from one generator."""
 
+    MEASURES = ("loss", "vlb", "norm")
+
     def __init__(
         self,
         plan: Plan,
@@ -301,120 +300,31 @@ def sample_concepts(
     )
 
 
-class Threads:
-    """One thread or two, whichever is faster just now: on a busy machine two wait for each other.
-
-    Every 60 steps one step is timed with each; a step that takes far longer than the one-thread step did ends
-    the use of two at once.
-    """
-
-    def __init__(self) -> None:
-        self.steps, self.one, self.use = 0, float("inf"), 1
-
-    def before(self) -> None:
-        trial = {0: 1, 1: 2}.get(self.steps % 60, self.use)
-        torch.set_num_threads(trial)
-
-    def after(self, seconds: float) -> None:
-        place = self.steps % 60
-        if place == 0:
-            self.one = seconds
-        elif place == 1:
-            self.use = 2 if seconds < 0.85 * self.one else 1
-        elif seconds > 1.2 * self.one:
-            self.use = 1
-        self.steps += 1
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="folder of the drawings (see training/README.md)")
-    parser.add_argument("--cache", default="runs/data", help="folder of the packed drawings")
-    parser.add_argument("--tokenizer", default="weights/stage_1/tokenizer/spiece.model")
-    parser.add_argument(
-        "--run", default="runs/stage_1", help="folder of the checkpoint, log and sample sheets"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=9.0, help="stop after this long; the same command goes on"
-    )
-    parser.add_argument(
-        "--pictures", type=int, default=None, help="length of the whole training, in pictures"
-    )
-    parser.add_argument("--grow", type=int, nargs=2, default=None, help="pictures at 16 px and at 32 px")
-    parser.add_argument(
-        "--cooldown", type=int, default=None, help="pictures over which the learning rate falls"
-    )
-    parser.add_argument("--batches", type=int, nargs=3, default=None, help="batch sizes at 16, 32 and 64 px")
-    parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--lr", type=float, default=None)
-    parser.add_argument("--typical", type=float, default=None, help="share of the drawings, 1 = all")
-    parser.add_argument(
-        "--text-until", type=int, default=None, help="pictures that the text encoder learns on"
-    )
-    parser.add_argument(
-        "--init", default=None, help="an exported stage_1 folder to start from, the first time"
-    )
-    parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
-    parser.add_argument("--sheet-minutes", type=float, default=8.0)
-    parser.add_argument("--threads", type=int, default=2, help="0 = one or two, as it goes faster")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads or 2)
-    threads = None if args.threads else Threads()
-    run = Path(args.run)
-    run.mkdir(parents=True, exist_ok=True)
-    state = checkpoints.load(run)
-    settings = {} if state is None else {**state["plan"]}
-    given = {name: getattr(args, name) for name in GIVEN}
-    settings.update({name: value for name, value in given.items() if value is not None})
-    plan = Plan(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
-    concepts = drawings.CONCEPTS if state is None else tuple(state["concepts"])
-    data = drawings.load(args.data, concepts, args.cache)
-    ids, mask = captions.encode(args.tokenizer, captions.caption_table(concepts)[0])
-    typical = drawings.load_typical(args.cache) if plan.typical < 1 else None
-    trainer = Trainer(plan, data, concepts, ids, mask, typical)
-    if state is not None:
-        trainer.load(state)
-    elif args.init is not None:
-        trainer.begin_from(Path(args.init))
-    log = (run / "log.jsonl").open("a", buffering=1)
-    count = sum(p.numel() for p in trainer.model.parameters())
-    facts = {"parameters": count, "drawings": sum(map(len, trainer.rows)), "resumed_at": trainer.step}
-    print(json.dumps({**facts, **dataclasses.asdict(plan)}), flush=True)
+    args = loop.options(__doc__, Plan(), GIVEN, "runs/stage_1", sheet_minutes=8.0)
+    args.add_argument("--tokenizer", default="weights/stage_1/tokenizer/spiece.model")
+    arguments = args.parse_args()
 
-    begin = last_save = last_log = time.monotonic()
-    last_sheet, carried = begin, trainer.seconds
-    sums, steps, seen_before = torch.zeros(3), 0, trainer.seen
-    while trainer.seen < plan.pictures and time.monotonic() - begin < 60 * args.minutes:
-        if threads is not None:
-            threads.before()
-        started = time.monotonic()
-        sums, steps = sums + torch.tensor(trainer.train_step()), steps + 1
-        if threads is not None:
-            threads.after(time.monotonic() - started)
-        depth, _ = plan.stretch(trainer.seen)
-        now = time.monotonic()
-        trainer.seconds = carried + now - begin
-        if steps == 50:
-            simple, bound, norm = (sums / steps).tolist()
-            line = {
-                "step": trainer.step, "pictures": trainer.seen, "minutes": round(trainer.seconds / 60, 2),
-                "loss": round(simple, 5), "vlb": round(bound, 5), "norm": round(norm, 3),
-                "size": drawings.SIZE >> depth, "threads": torch.get_num_threads(),
-                "per_second": round((trainer.seen - seen_before) / (now - last_log), 1),
-            }  # fmt: skip
-            log.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
-            sums, steps, last_log, seen_before = torch.zeros(3), 0, now, trainer.seen
-        if now - last_save > 60 * args.checkpoint_minutes:
-            checkpoints.save(trainer.state(), run)
-            last_save = now
-        if depth == 0 and now - last_sheet > 60 * args.sheet_minutes:
+    def make(
+        plan: Plan, data: dict[str, Tensor], concepts: tuple[str, ...], typical: Tensor | None
+    ) -> Trainer:
+        ids, mask = captions.encode(arguments.tokenizer, captions.caption_table(concepts)[0])
+        return Trainer(plan, data, concepts, ids, mask, typical)
+
+    trainer = loop.begin(arguments, Plan(), GIVEN, make)
+
+    def depth() -> int:
+        return trainer.plan.stretch(trainer.seen)[0]
+
+    def show(run: Path) -> None:
+        if depth() == 0:
             pictures = trainer.samples(3, 15, 4.0, 0)
             drawings.sheet(pictures, 3 * 6).save(run / f"sheet-{trainer.seen:07d}.png")
-            last_sheet = time.monotonic()
-    checkpoints.save(trainer.state(), run)
-    if plan.stretch(trainer.seen)[0] == 0:
-        drawings.sheet(trainer.samples(3, 20, 4.0, 0), 3 * 6).save(run / f"sheet-{trainer.seen:07d}.png")
+
+    loop.go(
+        trainer, arguments, show,
+        lambda: {"size": drawings.SIZE >> depth(), "threads": torch.get_num_threads()},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +14,14 @@ from torch import Tensor, nn
 from mtl_anagram.models import load_t5
 from mtl_anagram.models.configs import UNetConfig
 from mtl_anagram.models.unet import UNet
-from training import captions, checkpoints, drawings, styles
+from training import captions, drawings, loop, styles
 from training.diffusion import STEPS, VLB_WEIGHT, Diffusion, sample
 from training.train_stage1 import TEXT_DROPOUT, average, start_near_identity
 
 SIZE = 256
 OUT_SCALE = 1.4142271248762552  # the released stage II's, 1/0.7071
-GIVEN = ("pictures", "cooldown", "whole", "crop", "batch", "seed", "lr")  # settings of the command
+GIVEN = ("pictures", "cooldown", "whole", "crop", "batch", "seed", "lr", "typical")  # settings of the command
+COARSE = 0.1  # how much the noise's error in the average of many pixels counts beside the plain one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +88,8 @@ class Trainer:
     states (K, 77, D): the text encoder's of every caption of `captions.caption_table(concepts)`.
     """
 
+    MEASURES = ("loss", "coarse", "vlb", "norm")
+
     def __init__(
         self,
         plan: Plan,
@@ -99,7 +99,7 @@ class Trainer:
         typical: Tensor | None = None,
     ) -> None:
         torch.manual_seed(plan.seed)
-        self.plan, self.data, self.states = plan, data, states
+        self.plan, self.data, self.concepts, self.states = plan, data, concepts, states
         _, self.places, self.weights = captions.caption_table(concepts)
         self.unet = network(plan)
         self.ema = {name: p.detach().clone() for name, p in self.unet.named_parameters()}
@@ -130,8 +130,8 @@ class Trainer:
             x0, large = (x[..., top : top + side, left : left + side] for x in (x0, large))
         return x0.contiguous(), large, texts
 
-    def train_step(self) -> tuple[float, float, float]:
-        """One update; returns the noise's error, the bound and the gradient's norm."""
+    def train_step(self) -> tuple[float, float, float, float]:
+        """One update; returns the noise's error, its coarse part, the bound and the gradient's norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(self.seen)
         g = self.generator
@@ -145,14 +145,16 @@ class Trainer:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.plan.bf16):
             prediction = self.unet(torch.cat([x_t, low], 1), t, self.states[texts], class_labels=level)
         simple, bound = self.diffusion.losses(prediction, x0, x_t, t, noise)
-        (simple.mean() + VLB_WEIGHT * bound.mean()).backward()
+        coarse = coarse_errors(prediction[:, :3].float() - noise)
+        weight = self.diffusion.weight_of_picture(t)
+        (((simple + COARSE * coarse) * weight).mean() + VLB_WEIGHT * bound.mean()).backward()
         norm = nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         if torch.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.seen = self.step + 1, self.seen + size
         average(self.ema, self.unet, self.step)
-        return simple.mean().item(), bound.mean().item(), norm.item()
+        return simple.mean().item(), coarse.mean().item(), bound.mean().item(), norm.item()
 
     def begin_from(self, folder: Path) -> None:
         """Start from an exported stage II of the same sizes."""
@@ -162,9 +164,9 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """All that a later stretch needs to go on as if there had been no break."""
         return {
-            "plan": dataclasses.asdict(self.plan), "step": self.step, "seen": self.seen, "seconds": self.seconds,
-            "model": self.unet.state_dict(), "ema": self.ema, "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
+            "plan": dataclasses.asdict(self.plan), "concepts": self.concepts, "step": self.step,
+            "seen": self.seen, "seconds": self.seconds, "model": self.unet.state_dict(), "ema": self.ema,
+            "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
@@ -181,7 +183,8 @@ class Trainer:
         unet.load_state_dict(self.ema)
         unet.eval()
         g = torch.Generator().manual_seed(11)
-        rows = torch.randperm(len(self.data["test_labels"]), generator=g)[:count]
+        known = torch.nonzero(self.data["test_labels"] >= 0)[:, 0]
+        rows = known[torch.randperm(len(known), generator=g)[:count]]
         fields = drawings.augment(self.data["test"][rows], self.data["test_shapes"][rows], g, SIZE)
         which = torch.arange(count) % len(styles.PAINTS)
         x0 = styles.paint(fields, which, g)
@@ -202,6 +205,20 @@ class Trainer:
         return torch.cat([large, made, x0])
 
 
+def coarse_errors(error: Tensor) -> Tensor:
+    """The error (B, 3, H, W) of the noise averaged over 2 x 2, 4 x 4, ... 16 x 16 pixels; (B,), their mean.
+
+    Each average is scaled so that a white error counts as much as in the plain loss; one that is the same over
+    many pixels counts up to 256 times as much. Without it a short training leaves large areas clouded: their
+    tone is one number among 65,536 (the multiscale loss of Hoogeboom et al. 2023, simple diffusion, section 3.2).
+    """
+    sides = (2, 4, 8, 16)
+    return sum(
+        ((F.avg_pool2d(error, side) * side).square().flatten(1).mean(1) for side in sides),
+        start=error.new_zeros(()),
+    ) / len(sides)
+
+
 @torch.no_grad()
 def caption_states(weights: Path, concepts: tuple[str, ...]) -> Tensor:
     """The exported text encoder's states of every caption, (K, 77, D) float32."""
@@ -212,74 +229,21 @@ def caption_states(weights: Path, concepts: tuple[str, ...]) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="folder of the drawings (see training/README.md)")
-    parser.add_argument("--cache", default="runs/data", help="folder of the packed drawings")
+    parser = loop.options(__doc__, Plan(), GIVEN, "runs/stage_2")
     parser.add_argument("--weights", default="weights", help="the cascade, with its text encoder exported")
-    parser.add_argument(
-        "--run", default="runs/stage_2", help="folder of the checkpoint, log and sample sheets"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=9.0, help="stop after this long; the same command goes on"
-    )
-    parser.add_argument(
-        "--pictures", type=int, default=None, help="length of the whole training, in pictures"
-    )
-    parser.add_argument(
-        "--cooldown", type=int, default=None, help="pictures over which the learning rate falls"
-    )
-    parser.add_argument("--whole", type=int, default=None, help="pictures that are seen entire, at last")
-    parser.add_argument("--crop", type=int, default=None, help="side of the squares, a multiple of 64")
-    parser.add_argument("--batch", type=int, default=None)
-    parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--lr", type=float, default=None)
-    parser.add_argument(
-        "--init", default=None, help="an exported stage_2 folder to start from, the first time"
-    )
-    parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
-    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    run = Path(args.run)
-    run.mkdir(parents=True, exist_ok=True)
-    state = checkpoints.load(run)
-    settings = {} if state is None else dict(state["plan"])
-    settings.update({name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None})
-    plan = Plan(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
-    concepts = drawings.CONCEPTS
-    data = drawings.load(args.data, concepts, args.cache)
-    typical = drawings.load_typical(args.cache) if plan.typical < 1 else None
-    trainer = Trainer(plan, data, concepts, caption_states(Path(args.weights), concepts), typical)
-    if state is not None:
-        trainer.load(state)
-    elif args.init is not None:
-        trainer.begin_from(Path(args.init))
-    log = (run / "log.jsonl").open("a", buffering=1)
-    count = sum(p.numel() for p in trainer.unet.parameters())
-    print(
-        json.dumps({"parameters": count, "resumed_at": trainer.step, **dataclasses.asdict(plan)}), flush=True
-    )
-    begin = last_save = last_log = time.monotonic()
-    carried, sums, steps, seen_before = trainer.seconds, torch.zeros(3), 0, trainer.seen
-    while trainer.seen < plan.pictures and time.monotonic() - begin < 60 * args.minutes:
-        sums, steps = sums + torch.tensor(trainer.train_step()), steps + 1
-        now = time.monotonic()
-        trainer.seconds = carried + now - begin
-        if steps == 50:
-            simple, bound, norm = (sums / steps).tolist()
-            line = {
-                "step": trainer.step, "pictures": trainer.seen, "minutes": round(trainer.seconds / 60, 2),
-                "loss": round(simple, 5), "vlb": round(bound, 5), "norm": round(norm, 3),
-                "per_second": round((trainer.seen - seen_before) / (now - last_log), 1),
-            }  # fmt: skip
-            log.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
-            sums, steps, last_log, seen_before = torch.zeros(3), 0, now, trainer.seen
-        if now - last_save > 60 * args.checkpoint_minutes:
-            checkpoints.save(trainer.state(), run)
-            last_save = time.monotonic()
-    checkpoints.save(trainer.state(), run)
-    drawings.sheet(trainer.samples(), 7).save(run / f"sheet-{trainer.seen:07d}.png")
+
+    def make(
+        plan: Plan, data: dict[str, Tensor], concepts: tuple[str, ...], typical: Tensor | None
+    ) -> Trainer:
+        return Trainer(plan, data, concepts, caption_states(Path(args.weights), concepts), typical)
+
+    trainer = loop.begin(args, Plan(), GIVEN, make)
+
+    def show(run: Path) -> None:
+        drawings.sheet(trainer.samples(), 7).save(run / f"sheet-{trainer.seen:07d}.png")
+
+    loop.go(trainer, args, show)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_towers_are_taken_from_an_export(data, tokenizer, tmp_path) -> None:
     save_module(first.towers.image, tmp_path / "clip_image_enc.safetensors", torch.float16)
     save_module(first.towers.text, tmp_path / "clip_text_enc.safetensors", torch.float16)
     second = Trainer(TINY, data, tokenizer, CONCEPTS)
-    second.start_from(tmp_path)
+    second.begin_from(tmp_path)
     for name, value in first.towers.state_dict().items():
         assert torch.equal(second.towers.state_dict()[name], value.half().float()), name
 

@@ -9,7 +9,8 @@ import torch
 
 from mtl_anagram.models.configs import UNetConfig
 from training import captions, checkpoints
-from training.train_stage2 import SIZE, Plan, Trainer, network
+from training.diffusion import Diffusion
+from training.train_stage2 import SIZE, Plan, Trainer, coarse_errors, network
 
 TINY = Plan(
     batch=4, crop=64, pictures=10_000, whole=0, warmup=8, cooldown=100, bf16=False, typical=1.0,
@@ -58,5 +59,19 @@ def test_a_resumed_training_is_the_uninterrupted_one(trainer: Trainer, tmp_path)
 
 def test_it_learns(trainer: Trainer) -> None:
     trainer.plan = dataclasses.replace(TINY, lr=3e-3)
-    losses = [trainer.train_step()[0] for _ in range(30)]
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    losses = [trainer.train_step()[0] for _ in range(60)]
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+
+
+def test_an_error_of_large_areas_counts_as_such() -> None:
+    g = torch.Generator().manual_seed(0)
+    white = torch.randn(2, 3, 64, 64, generator=g)
+    white[1] = 1.0
+    found = coarse_errors(white)
+    torch.testing.assert_close(found[0], torch.tensor(1.0), atol=0.1, rtol=0)
+    torch.testing.assert_close(found[1], torch.tensor((4 + 16 + 64 + 256) / 4))
+
+
+def test_noise_errors_weigh_more_where_they_spoil_the_picture() -> None:
+    weight = Diffusion.cosine().weight_of_picture(torch.tensor([0, 500, 900, 999]))
+    assert weight[0] < 1.001 < weight[1] < weight[2] < weight[3] == 20
