@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .cascade import Cascade
-from .checks import whole_number
+from .checks import MAX_SEED, whole_number
 from .errors import InputError
 from .generate import generate_anagram
 from .media import decode_png
@@ -59,7 +59,7 @@ def best_of(
     Raises what generate_anagram raises, and InputError where there is no CLIP to score with.
     """
     count = whole_number("count", count, 1, MAX_COUNT)
-    whole_number("seed", seed, 0, 2**63 - count)
+    whole_number("seed", seed, 0, MAX_SEED + 1 - count)
     made_views = get_views(views, view_args)
     if len(made_views) < 2:
         raise InputError(f"views={list(views)!r}: the best of {count} is a question of two readings or more")

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .errors import InputError
 
+MAX_SEED = 2**63 - 1  # of a torch generator
+
 
 def whole_number(
     name: str, value: Any, low: int, high: int | None = None, *, error: type[InputError] = InputError

@@ -226,6 +226,7 @@ def _view_args(text: str | None) -> Any:
 
 def parse_seeds(words: Sequence[str]) -> list[int]:
     """Seeds of the command line: numbers and inclusive ranges such as 4-7, in order."""
+    from .checks import MAX_SEED
     from .errors import InputError
 
     seeds: list[int] = []
@@ -234,7 +235,7 @@ def parse_seeds(words: Sequence[str]) -> list[int]:
         if not (first.isascii() and first.isdigit()) or (dash and not (last.isascii() and last.isdigit())):
             raise InputError(f"--seed {word!r} is neither a whole number from 0 up nor a range such as 4-7")
         if max(len(first), len(last)) > 19:
-            raise InputError(f"--seed {word[:60]!r} is too large; seeds go from 0 to {2**63 - 1}")
+            raise InputError(f"--seed {word[:60]!r} is too large; seeds go from 0 to {MAX_SEED}")
         stop = int(last) if dash else int(first)
         if not int(first) <= stop < int(first) + 100_000:
             raise InputError(f"--seed {word!r}: a range goes upwards and names at most 100000 seeds")

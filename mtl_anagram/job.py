@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cascade import Cascade, combined_checksum
+from .checks import MAX_SEED
 from .errors import InputError
 from .prompts import parse_concept, styled
 from .sampling import Recipe, Schedule, UpscaleRecipe
 from .sampling.stages import SCORER_SIZE
 from .views import View
 
-MAX_SEED = 2**63 - 1
 MAX_SIDE = 1024  # px, of stage I; far above it no machine has the memory
 
 

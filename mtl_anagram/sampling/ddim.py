@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -12,7 +11,9 @@ from torch import Tensor
 
 from ..checks import at_least_float32, flag, float_tensor, number, whole_number
 from ..errors import ConfigError, InputError
+from .scheduler_config import read_fields
 
+_OWNER = "the x4 upscaler"  # of these schedulers, for errors
 # Fields of which one value is implemented, and what a file that omits them means.
 _FIXED_DDIM: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
@@ -63,7 +64,11 @@ class NoiseLevels:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseLevels:
         """Read a published low_res_scheduler/scheduler_config.json's content; errors as Schedule's."""
-        return cls(**_read(config, "DDPMScheduler", _FIXED_NOISE, ("beta_schedule",), _UNUSED_NOISE, _TABLE))
+        fields = read_fields(
+            config, class_name="DDPMScheduler", owner=_OWNER, fixed=_FIXED_NOISE, spelled=("beta_schedule",),
+            unused=_UNUSED_NOISE, read=_TABLE,
+        )  # fmt: skip
+        return cls(**_checked(fields))
 
     def add_noise(self, x: Tensor, noise: Tensor, level: int) -> Tensor:
         """Clean x (...) and unit noise (...) mixed at a noise level, 0 to num_train_timesteps - 1.
@@ -118,8 +123,11 @@ class LatentSchedule(NoiseLevels):
     def from_config(cls, config: Mapping[str, Any], num_inference_steps: int = 75) -> LatentSchedule:
         """Read a published scheduler/scheduler_config.json's content; errors as Schedule's."""
         read = {**_TABLE, "steps_offset": 0, "set_alpha_to_one": True}
-        values = _read(config, "DDIMScheduler", _FIXED_DDIM, _SPELLED_DDIM, _UNUSED_DDIM, read)
-        return cls(num_inference_steps, **values)
+        fields = read_fields(
+            config, class_name="DDIMScheduler", owner=_OWNER, fixed=_FIXED_DDIM, spelled=_SPELLED_DDIM,
+            unused=_UNUSED_DDIM, read=read,
+        )  # fmt: skip
+        return cls(num_inference_steps, **_checked(fields))
 
     def alpha_bar(self, t: int) -> Tensor:
         """The kept share of the latents' power at timestep t, 0-dim float32; t < 0: after the last step."""
@@ -177,35 +185,8 @@ def _roots(alpha: Tensor) -> tuple[float, float]:
 _TABLE: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
 
 
-def _read(
-    config: Mapping[str, Any],
-    class_name: str,
-    fixed: Mapping[str, Any],
-    spelled: tuple[str, ...],
-    unused: tuple[str, ...],
-    read: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The fields of `read` from a scheduler_config.json's content, the others checked."""
-    if not isinstance(config, Mapping):
-        raise ConfigError(f"a scheduler's config is a JSON object, not {type(config).__name__}")
-    if config.get("_class_name", class_name) != class_name:
-        raise ConfigError(
-            f"_class_name={config['_class_name']!r} is not implemented; {class_name!r} is meant"
-        )
-    known = [*fixed, *unused, *read]
-    for name, value in config.items():
-        if isinstance(name, str) and name.startswith("_"):
-            continue  # notes of the program that wrote the file
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ConfigError(f"unknown scheduler field {name!r} = {value!r}{hint}: nothing implements it")
-        if name in fixed and (value != fixed[name] or type(value) is not type(fixed[name])):
-            raise ConfigError(f"{name}={value!r} is not implemented; the x4 upscaler has {fixed[name]!r}")
-    for name in spelled:
-        if name not in config:
-            raise ConfigError(f"the config lacks {name}; the x4 upscaler has {fixed[name]!r}")
-    values = {name: config.get(name, default) for name, default in read.items()}
+def _checked(values: dict[str, Any]) -> dict[str, Any]:
+    """A file's fields, their ranges checked."""
     total = whole_number("num_train_timesteps", values["num_train_timesteps"], 1, 100_000, error=ConfigError)
     start = number("beta_start", values["beta_start"], above=True, high=0.999, error=ConfigError)
     number("beta_end", values["beta_end"], low=start, high=0.999, error=ConfigError)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..checks import at_least_float32, choice, flag, float_tensor, number, whole_number
 from ..errors import ConfigError, InputError
+from .scheduler_config import read_fields
 
 VARIANCE_TYPES = ("learned_range", "fixed_small")
 # Fields of a scheduler's config of which one value is implemented, and what a file that omits them means.
@@ -100,32 +100,11 @@ class Schedule:
         A field that is missing takes the format's default. Raises ConfigError for a field or a value that is
         not implemented, InputError for a number of steps outside 1 to num_train_timesteps.
         """
-        if not isinstance(config, Mapping):
-            raise ConfigError(f"a scheduler's config is a JSON object, not {type(config).__name__}")
-        if config.get("_class_name", "DDPMScheduler") != "DDPMScheduler":
-            raise ConfigError(
-                f"_class_name={config['_class_name']!r} is not implemented; IF's stages have 'DDPMScheduler'"
-            )
-        known = [*_FIXED, *_UNUSED, *_READ]
-        for name, value in config.items():
-            if isinstance(name, str) and name.startswith("_"):
-                continue  # notes of the program that wrote the file
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
-                raise ConfigError(
-                    f"unknown scheduler field {name!r} = {value!r}{hint}: nothing implements it"
-                )
-            if name in _FIXED and (value != _FIXED[name] or type(value) is not type(_FIXED[name])):
-                raise ConfigError(
-                    f"{name}={value!r} is not implemented; the IF schedulers have {_FIXED[name]!r}"
-                )
-        if "beta_schedule" not in config:
-            raise ConfigError(
-                "the config lacks beta_schedule, which would mean 'linear', not implemented; "
-                "the IF schedulers have 'squaredcos_cap_v2'"
-            )
-        values = {ours: config.get(name, default) for name, (ours, default) in _READ.items()}
+        fields = read_fields(
+            config, class_name="DDPMScheduler", owner="an IF stage", fixed=_FIXED, spelled=("beta_schedule",),
+            unused=_UNUSED, read={name: default for name, (_, default) in _READ.items()},
+        )  # fmt: skip
+        values = {ours: fields[name] for name, (ours, _) in _READ.items()}
         whole_number("num_train_timesteps", values["num_train_timesteps"], 1, 100_000, error=ConfigError)
         number("sample_max_value", values["sample_max_value"], low=1.0, error=ConfigError)
         number("dynamic_thresholding_ratio", values["thresholding_ratio"], high=1.0, error=ConfigError)

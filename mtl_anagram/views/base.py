@@ -14,7 +14,6 @@ from ..checks import whole_number
 from ..errors import InputError
 
 LARGEST_WORKING_SIZE = 4096  # px; where a map's size is not allowed, an allowed one up to here is looked for
-MAX_SEED = 2**63 - 1
 
 
 class View:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import whole_number
-from .base import MAX_SEED, IndexView, pixel_numbers
+from ..checks import MAX_SEED, whole_number
+from .base import IndexView, pixel_numbers
 from .permutations import drawn_permutation
 
 GRID = 4

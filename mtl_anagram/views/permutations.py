@@ -14,9 +14,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..checks import whole_number
+from ..checks import MAX_SEED, whole_number
 from ..errors import InputError
-from .base import MAX_SEED, IndexView, View, pixel_numbers, short
+from .base import IndexView, View, pixel_numbers, short
 
 MAX_PATCHES = 256  # per side
 MAX_FACTOR = 64.0

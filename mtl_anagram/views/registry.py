@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import whole_number
+from ..checks import MAX_SEED, whole_number
 from ..errors import InputError
-from .base import MAX_SEED, View, class_path, is_built_in, short
+from .base import View, class_path, is_built_in, short
 from .jigsaw import Jigsaw
 from .permutations import InnerCircle, PatchPermute, PermutationView, PixelPermute, Skew, SquareHinge
 from .rigid import Flip, Identity, Negate, Rotate180, RotateCCW, RotateCW
