@@ -9,14 +9,12 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw
 
 from mtl_anagram import Cascade, Protocol, evaluate, get_views
 from mtl_anagram.cascade import embedded_folder
-from mtl_anagram.evaluation import choose_pairs, concepts_of
+from mtl_anagram.evaluation import choose_pairs
 from mtl_anagram.media import decode_png, to_uint8
-from mtl_anagram.metrics import anagram_score
 from mtl_anagram.models import load_judge
 from mtl_anagram.models.sources import read_json
 
@@ -43,7 +41,7 @@ def main() -> None:
         recipe = dataclasses.replace(recipe, num_inference_steps=args.steps)
     folder = Path(args.model or embedded_folder())
     judge = load_judge(folder)
-    concepts = args.concepts or concepts_of(folder)
+    concepts = args.concepts or list(cascade.concepts)
     protocol = Protocol(
         pairs=choose_pairs(concepts, args.pair_count), recipes={"own": recipe}, style=args.style,
         seeds=tuple(range(args.seeds)),
@@ -58,9 +56,8 @@ def main() -> None:
             continue
         if tuple(request["names"]) not in protocol.pairs or request["view"] not in protocol.views:
             continue
-        scores = anagram_score(torch.tensor([sample["scores"] for sample in cell["samples"]]))
-        best = int(scores.argmax())
-        found.append((scores[best].item(), path, cell, best))
+        best = max(range(len(cell["samples"])), key=lambda i: cell["samples"][i]["score"])
+        found.append((cell["samples"][best]["score"], path, cell, best))
     found.sort(key=lambda entry: -entry[0])
 
     wide, high = 2 * SIDE + GAP, SIDE + TEXT + GAP

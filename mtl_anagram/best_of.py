@@ -15,10 +15,10 @@ from .checks import MAX_SEED, whole_number
 from .errors import InputError
 from .generate import generate_anagram
 from .media import decode_png
-from .metrics import alignment, anagram_score, concealment, score_matrix
+from .metrics import TEMPERATURE, alignment, anagram_score, concealment, score_matrix
 from .models.sources import Source
 from .output import Anagram
-from .prompts import parse_concept, styled
+from .prompts import other_prompts, parse_concept, styled
 from .views import View, get_views
 
 CANDIDATES = "candidates"  # the folder of stage I's pictures, in save_dir
@@ -53,8 +53,9 @@ def best_of(
     """The best of `count` anagrams, and all candidates, best first.
 
     Seeds seed, seed + 1, ... are sampled through stage I into SAVE_DIR/candidates, scored by the cascade's
-    noise-aware CLIP on the clean pictures (timestep 0), and the best is sampled through all stages into SAVE_DIR.
-    Arguments as `generate_anagram`'s; needs two readings or more. What is there already is not made again.
+    noise-aware CLIP on the clean pictures (timestep 0) against everything else that the cascade has learnt, and the
+    best is sampled through all stages into SAVE_DIR. Arguments as `generate_anagram`'s; needs two readings or
+    more. What is there already is not made again.
 
     Raises what generate_anagram raises, and InputError where there is no CLIP to score with.
     """
@@ -76,7 +77,10 @@ def best_of(
         stop_after=side, batch_size=batch_size, **common,
     )  # fmt: skip
     clip = cascade.noise_clip
-    texts = clip.embed_text([parse_concept(styled(style, prompt))[0] for prompt in prompts])
+    clean = [parse_concept(prompt).prompt for prompt in prompts]
+    wanted = [parse_concept(styled(style, prompt)).prompt for prompt in prompts]
+    others = other_prompts(parse_concept(style).prompt, clean, cascade.concepts)
+    texts = clip.embed_text([*wanted, *others])
     candidates = []
     for anagram in made:
         picture = decode_png(anagram.pictures[side].read_bytes())[None]
@@ -84,7 +88,8 @@ def best_of(
         scores = score_matrix(
             picture.to(cascade.device), made_views, lambda x: clip.embed_image(x, 0), texts
         ).cpu()
-        values = (anagram_score(scores), alignment(scores), concealment(scores))
+        own = scores[..., : len(made_views)]
+        values = (anagram_score(scores), alignment(own), concealment(own, TEMPERATURE))
         candidates.append(Candidate(anagram, *(value.item() for value in values)))
     candidates.sort(key=lambda candidate: -candidate.score)
     best = generate_anagram(

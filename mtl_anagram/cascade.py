@@ -62,9 +62,9 @@ class Cascade:
     the second where the first does not fit what is free. prompt_cache: a folder (or a PromptCache) where
     prompts' states are kept, so that the text encoder is loaded for new prompts only; None = no cache.
 
-    Attributes: device, dtype (of the networks), recipe (what the cascade's makers recommend), name, sources and
-    variants (by part), and has_stage_2, has_stage_3 and has_noise_clip, which say what the cascade holds.
-    """
+    Attributes: device, dtype (of the networks), recipe (what the cascade's makers recommend), concepts (names
+    that its makers say it has learnt, for a small cascade, else none), name, sources and variants (by part),
+    and has_stage_2, has_stage_3 and has_noise_clip, which say what the cascade holds."""
 
     def __init__(
         self,
@@ -75,6 +75,7 @@ class Cascade:
         noise_clip: Source | None = None,
         name: str | None = None,
         recipe: Recipe | None = None,
+        concepts: Sequence[str] = (),
         variant: str | Mapping[str, str | None] | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -95,6 +96,7 @@ class Cascade:
         self.dtype = resolve_dtype(dtype) or default
         self.name = str(stage_1) if name is None else name
         self.recipe = Recipe.released() if recipe is None else recipe
+        self.concepts = tuple(concepts)
         self.sources = {
             "stage_1": stage_1,
             "stage_2": stage_2,
@@ -147,6 +149,7 @@ class Cascade:
             **found.sources,  # type: ignore[arg-type]
             name=found.name,
             recipe=found.recipe,
+            concepts=found.concepts,
             variant=found.variants,
             device=device,
             dtype=dtype,

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .cli import parse_seeds
     from .cli_models import cascade_of
     from .errors import InputError
-    from .evaluation import ABLATION, Protocol, choose_pairs, concepts_of, evaluate
+    from .evaluation import ABLATION, Protocol, choose_pairs, evaluate
     from .metrics import TEMPERATURE
     from .models.sources import read_config
     from .report import as_table
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     cascade = cascade_of(arguments)
     folder = embedded_folder() if arguments.model is None else Path(arguments.model)
     judge = _judge(arguments.judge, folder)
-    names = arguments.concepts or concepts_of(folder) or (judge.names if judge is not None else [])
+    names = arguments.concepts or list(cascade.concepts) or (judge.names if judge is not None else [])
     if not names and not arguments.pairs:
         raise InputError("neither the model nor a judge lists its names: give --concepts or --pairs")
     if arguments.pairs:

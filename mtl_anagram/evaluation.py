@@ -23,14 +23,14 @@ from torch import Tensor
 from .atomic import write_atomically
 from .cascade import MAX_TOKENS, Cascade, combined_checksum
 from .checks import whole_number
-from .errors import ConfigError, InputError
+from .errors import InputError
 from .job import check_seeds, check_sizes
 from .media import encode_png
-from .metrics import TEMPERATURE, score_matrix
+from .metrics import TEMPERATURE, anagram_score, score_matrix
 from .models.judge import Judge
 from .models.sources import read_json
 from .output import check_folder
-from .prompts import concept_span, styled
+from .prompts import concept_span, other_prompts, styled, with_article
 from .report import report
 from .sampling import Recipe, sample_stage1, sample_stage2
 from .sampling.guidance import to_views
@@ -109,15 +109,6 @@ def choose_pairs(
         for name in best:
             uses[name] += 1
     return tuple(chosen)
-
-
-def concepts_of(folder: Path) -> list[str]:
-    """The concepts that a cascade's folder says it has learnt, in its cascade.json; none = []."""
-    index = folder / "cascade.json"
-    names = read_json(index).get("concepts", []) if index.is_file() else []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{index}: concepts={names!r} must be a list of names; change it back")
-    return names
 
 
 @dataclass
@@ -213,12 +204,13 @@ def _cell(
     ])  # fmt: skip
     small = at_64(pictures)
     clip = parts.cascade.noise_clip
-    scores = score_matrix(
-        small, views, lambda x: clip.embed_image(x.to(parts.cascade.device), 0), clip.embed_text(prompts)
-    )
+    others = other_prompts(protocol.style, names, parts.cascade.concepts)
+    texts = clip.embed_text([*prompts, *others])
+    every = score_matrix(small, views, lambda x: clip.embed_image(x.to(parts.cascade.device), 0), texts)
+    best, scores = anagram_score(every, protocol.temperature), every[..., : len(views)]
     samples: list[dict[str, Any]] = [
-        {"seed": seed, "scores": [[round(v, 5) for v in row] for row in matrix]}
-        for seed, matrix in zip(protocol.seeds, scores.tolist(), strict=True)
+        {"seed": seed, "scores": [[round(v, 5) for v in row] for row in matrix], "score": round(score, 5)}
+        for seed, matrix, score in zip(protocol.seeds, scores.tolist(), best.tolist(), strict=True)
     ]
     if parts.judge is not None:
         seen = to_views(pictures, views)  # (N, V, 3, S, S)
@@ -274,13 +266,6 @@ def at_64(pictures: Tensor) -> Tensor:
     return F.interpolate(
         pictures, (SCORED_AT, SCORED_AT), mode="bilinear", antialias=True, align_corners=False
     )
-
-
-def with_article(name: str) -> str:
-    """'duck' -> 'a duck', 'apple' -> 'an apple'; a name that begins with an article stays."""
-    if name.split(" ")[0] in ("a", "an", "the"):
-        return name
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _strip(pictures: Tensor) -> Tensor:

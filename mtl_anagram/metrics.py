@@ -23,13 +23,16 @@ TEMPERATURE = 0.05  # of the embedded cascade's CLIP, which was trained at a sca
 def score_matrix(
     pictures: Tensor, views: Sequence[Any], embed_image: Callable[[Tensor], Tensor], texts: Tensor
 ) -> Tensor:
-    """S_ij, the cosine of what view i shows and prompt j says: (B, V, V).
+    """S_ij, the cosine of what view i shows and text j says: (B, V, V + K).
 
     pictures (B, 3, H, W) in the range that embed_image takes; embed_image: (R, 3, H, W) -> (R, D), of any
-    norm, for example `lambda x: clip.embed_image(x, 0)` of a noise-aware CLIP; texts (V, D): the prompts' embeddings.
+    norm, for example `lambda x: clip.embed_image(x, 0)` of a noise-aware CLIP; texts (V + K, D): the
+    embeddings of the views' prompts, and of K >= 0 texts of other things that `anagram_score` compares with.
     """
     float_tensor("pictures", pictures, (None,) * 4, "(B, C, H, W)")
-    float_tensor("texts", texts, (len(views), None), "(V, D), one row per view")
+    float_tensor("texts", texts, (None, None), "(V + K, D), one row per view, then others")
+    if len(texts) < len(views):
+        raise InputError(f"texts of shape {tuple(texts.shape)} for {len(views)} views: give one row per view")
     seen = to_views(pictures, views)  # (B, V, C, H, W)
     images = embed_image(seen.flatten(0, 1))
     float_tensor("embed_image's result", images, (len(pictures) * len(views), texts.shape[1]), "(B V, D)")
@@ -56,10 +59,16 @@ def concealment(scores: Tensor, temperature: float = CLIP_TEMPERATURE) -> Tensor
 def anagram_score(scores: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """How good an anagram is by the CLIP alone, (B,): what the best of N is chosen by.
 
-    scores (B, V, V) of `score_matrix`. Alignment, which asks that every reading be there, plus the
-    temperature times the log of concealment, which asks that each be in its own view alone.
+    scores (B, V, V + K) of `score_matrix`. With K > 0 texts of other things: the log probability of the reading
+    that is read worst, by a softmax over all V + K texts. It asks as a reader would: of all that this might be,
+    is it that? With none: alignment, which asks that every reading be there, plus the temperature times the log
+    of concealment, which asks that each be in its own view alone.
     """
-    return alignment(scores) + temperature * concealment(scores, temperature).clamp(min=1e-6).log()
+    float_tensor("scores", scores, (None, None, None), "(B, V, V + K)")
+    if scores.shape[2] <= scores.shape[1]:
+        return alignment(scores) + temperature * concealment(scores, temperature).clamp(min=1e-6).log()
+    logits = at_least_float32(scores) / number("temperature", temperature, above=True)
+    return logits.log_softmax(dim=2).diagonal(dim1=1, dim2=2).amin(dim=1)
 
 
 def quantile(values: Tensor, share: float = 0.9) -> Tensor:

@@ -14,12 +14,13 @@ from .sampling import Recipe
 
 @dataclass(frozen=True)
 class Parts:
-    """sources and variants by part ("stage_1", ...); name and recipe where the source has them, else None."""
+    """sources and variants by part ("stage_1", ...); name, recipe and concepts where the source has them."""
 
     sources: dict[str, Source | None]
     variants: dict[str, str | None]
     name: str | None = None
     recipe: Recipe | None = None
+    concepts: tuple[str, ...] = ()
 
 
 def find_parts(source: Source, variant: str | None, **named: Source | None) -> Parts:
@@ -31,6 +32,7 @@ def find_parts(source: Source, variant: str | None, **named: Source | None) -> P
     own: dict[str, Any] = {"stage_1": source}
     stored: dict[str, str | None] = {}
     name, recipe = None, None
+    concepts: tuple[str, ...] = ()
     release = release_of(source)
     if release is not None:
         name = release.name
@@ -43,7 +45,7 @@ def find_parts(source: Source, variant: str | None, **named: Source | None) -> P
         if isinstance(files, Folder):
             own = _folder(files, source, ("stage_1", *named))
             if own["stage_1"] != files.path:
-                name, recipe, stored = _about(files.path)
+                name, recipe, concepts, stored = _about(files.path)
     given = own | {part: value for part, value in named.items() if value is not None}
     sources = {part: part_source(given.get(part), part) for part in ("stage_1", *named)}
     if named.get("stage_3") is None and sources.get("stage_2", "") is None:
@@ -55,7 +57,7 @@ def find_parts(source: Source, variant: str | None, **named: Source | None) -> P
         default = DEFAULT_VARIANT if release_of(value) is not None else default
         chosen = default if variant is None else variant
         variants[part] = chosen if chosen != FULL and has_variant(sources[part], part) else None
-    return Parts(sources, variants, name, recipe)
+    return Parts(sources, variants, name, recipe, concepts)
 
 
 def _folder(files: Folder, source: Source, parts: tuple[str, ...]) -> dict[str, Any]:
@@ -74,8 +76,8 @@ def _folder(files: Folder, source: Source, parts: tuple[str, ...]) -> dict[str, 
     )
 
 
-def _about(folder: Path) -> tuple[str, Recipe | None, dict[str, str | None]]:
-    """What a folder's cascade.json says: name, recipe, and by part the variant of its files."""
+def _about(folder: Path) -> tuple[str, Recipe | None, tuple[str, ...], dict[str, str | None]]:
+    """What a folder's cascade.json says: name, recipe, the concepts learnt, and by part the variant of its files."""
     place = folder / "cascade.json"
     about = read_json(place) if place.is_file() else {}
     name = about.get("name", folder.name)
@@ -84,7 +86,10 @@ def _about(folder: Path) -> tuple[str, Recipe | None, dict[str, str | None]]:
     recipe = None
     if about.get("recipe") is not None:
         recipe = read_config(place, lambda content: Recipe.from_dict(content["recipe"]))
+    concepts = about.get("concepts", [])
+    if not isinstance(concepts, list) or not all(isinstance(concept, str) for concept in concepts):
+        raise ConfigError(f"{place}: concepts={concepts!r} must be a list of names; change it back")
     variants = about.get("variants", {})
     if not isinstance(variants, dict) or not all(isinstance(v, str | None) for v in variants.values()):
         raise ConfigError(f"{place}: variants={variants!r} must give a word or null by part; change it back")
-    return name, recipe, variants
+    return name, recipe, tuple(concepts), variants

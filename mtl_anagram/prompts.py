@@ -26,6 +26,18 @@ def styled(style: str, prompt: str) -> str:
     return f"{style} {prompt}".strip()
 
 
+def with_article(name: str) -> str:
+    """'duck' -> 'a duck', 'apple' -> 'an apple'; a name that begins with an article stays."""
+    if name.split(" ")[0] in ("a", "an", "the"):
+        return name
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def other_prompts(style: str, prompts: Sequence[str], concepts: Sequence[str]) -> list[str]:
+    """What else a picture might show: the style with every concept whose name is in none of the prompts."""
+    return [styled(style, with_article(c)) for c in concepts if not any(c in prompt for prompt in prompts)]
+
+
 def check_prompts(prompts: Sequence[str], views: int) -> list[str]:
     """The prompts as a list, checked: one or more, as many as there are views, each a str with text in it."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):

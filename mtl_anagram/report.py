@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .metrics import alignment, anagram_score, concealment, quantile
+from .metrics import alignment, concealment, quantile
 
 DRAWS, SEED = 4_000, 0  # of the bootstrap
 BASELINE = "plain"
@@ -64,7 +64,7 @@ def _by_pair(cells: Sequence[dict[str, Any]], recipe: str, temperature: float) -
         names, samples = cell["request"]["names"], cell["samples"]
         scores = torch.tensor([sample["scores"] for sample in samples])  # (N, V, V)
         entry = {"A": alignment(scores), "C": concealment(scores, temperature)}
-        entry["score"] = anagram_score(scores, temperature)
+        entry["score"] = torch.tensor([sample["score"] for sample in samples])
         if "named" in samples[0]:
             entry["named"] = torch.tensor([float(sample["named"] == names) for sample in samples])
         out.append(entry)

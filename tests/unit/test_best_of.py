@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from mtl_anagram import Cascade, Recipe, generate_anagram
 from mtl_anagram.best_of import best_of
 from mtl_anagram.cli import main
-from mtl_anagram.errors import InputError
+from mtl_anagram.errors import ConfigError, InputError
 from mtl_anagram.media import decode_png
 from mtl_anagram.metrics import anagram_score
 from tests.unit.tiny import write_cascade
@@ -77,3 +79,23 @@ def test_the_command_shows_the_scores(cascade_folder, one_thread, tmp_path, caps
     assert printed[-1].startswith(str(tmp_path / "000"))
     assert main([*words, "--seed", "1-2"]) == 2
     assert "one --seed" in capsys.readouterr().err
+
+
+def test_what_the_cascade_has_learnt_stands_against_the_readings(one_thread, tmp_path) -> None:
+    folder = write_cascade(tmp_path / "cascade", stage_2=False)
+    index = folder / "cascade.json"
+    about = json.loads(index.read_text()) if index.is_file() else {}
+    index.write_text(json.dumps({**about, "concepts": ["duck", "cat", "house"]}))
+    model = Cascade.from_pretrained(folder, device="cpu")
+    assert model.concepts == ("duck", "cat", "house")
+    _, candidates = best_of(1, "a sketch of", PROMPTS, VIEWS, tmp_path / "out", model=model, recipe=QUICK)
+    clip = model.noise_clip
+    picture = decode_png(candidates[0].anagram.pictures[64].read_bytes())
+    seen = torch.stack([picture, picture.rot90(2, (1, 2))])
+    words = ["a duck", "a rabbit", "a cat", "a house"]
+    cosines = clip.embed_image(seen, 0) @ clip.embed_text([f"a sketch of {word}" for word in words]).T
+    log_p = (cosines / 0.05).log_softmax(1)
+    assert candidates[0].score == pytest.approx(min(log_p[0, 0], log_p[1, 1]).item(), abs=1e-4)
+    index.write_text(json.dumps({**about, "concepts": "duck"}))
+    with pytest.raises(ConfigError, match="concepts='duck'"):
+        Cascade.from_pretrained(folder)

@@ -10,7 +10,7 @@ import torch
 from mtl_anagram import Protocol, Recipe, evaluate, generate_anagram
 from mtl_anagram.cli import main
 from mtl_anagram.errors import InputError
-from mtl_anagram.evaluation import ABLATION, choose_pairs, with_article
+from mtl_anagram.evaluation import ABLATION, choose_pairs
 from mtl_anagram.media import decode_png
 from mtl_anagram.metrics import alignment, concealment
 from mtl_anagram.models import Judge
@@ -86,7 +86,7 @@ def test_stage_2_is_measured_where_asked(cascade, judge, one_thread, tmp_path) -
 
 def cell(recipe: str, names: list[str], named: list[list[str]], scores: list[float]) -> dict:
     samples = [
-        {"seed": i, "scores": [[s, 0.0], [0.0, s]], "named": n}
+        {"seed": i, "scores": [[s, 0.0], [0.0, s]], "score": s, "named": n}
         for i, (s, n) in enumerate(zip(scores, named, strict=True))
     ]
     return {"recipe_name": recipe, "request": {"names": names, "view": "flip"}, "samples": samples}
@@ -132,10 +132,6 @@ def test_pairs_are_drawn_evenly() -> None:
     assert max(uses) - min(uses) <= 1
     with pytest.raises(InputError, match="two different"):
         choose_pairs(["duck", "duck"])
-
-
-def test_articles() -> None:
-    assert [with_article(n) for n in ("duck", "eye", "the moon")] == ["a duck", "an eye", "the moon"]
 
 
 @pytest.mark.parametrize(

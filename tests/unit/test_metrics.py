@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtl_anagram.errors import InputError
-from mtl_anagram.metrics import alignment, concealment, quantile, score_matrix
+from mtl_anagram.metrics import alignment, anagram_score, concealment, quantile, score_matrix
 from mtl_anagram.views import get_views
 
 
@@ -49,6 +49,26 @@ def test_the_matrix_has_a_row_for_every_view():
     assert torch.allclose(scores[1], torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
 
 
+def test_the_score_compares_with_other_things():
+    """The worst reading's log probability among its view's texts, by hand; another thing that fits lowers it."""
+    s = [[0.30, 0.27, 0.21], [0.25, 0.29, 0.28]]
+    rows = [math.exp(r[i] / 0.05) / sum(math.exp(v / 0.05) for v in r) for i, r in enumerate(s)]
+    found = anagram_score(torch.tensor([s]))
+    assert found.item() == pytest.approx(math.log(min(rows)), abs=1e-5)
+    s[1][2] = 0.35
+    assert anagram_score(torch.tensor([s])).item() < found.item() - 0.5
+
+
+def test_the_matrix_takes_texts_of_other_things():
+    pictures = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    views = get_views(["identity", "flip"])
+    texts = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    every = score_matrix(pictures, views, lambda x: x.mean(dim=(1, 3)), texts)
+    assert every.shape == (2, 2, 5)
+    own = score_matrix(pictures, views, lambda x: x.mean(dim=(1, 3)), texts[:2])
+    torch.testing.assert_close(every[..., :2], own)
+
+
 @pytest.mark.parametrize(
     "call, match",
     [
@@ -59,9 +79,9 @@ def test_the_matrix_has_a_row_for_every_view():
         (lambda: quantile(torch.zeros(2), 1.5), "share=1.5"),
         (
             lambda: score_matrix(
-                torch.zeros(1, 3, 4, 4), get_views(["flip"]), lambda x: x, torch.zeros(2, 4)
+                torch.zeros(1, 3, 4, 4), get_views(["flip", "identity"]), lambda x: x, torch.zeros(1, 4)
             ),
-            "texts",
+            "texts.*one row per view",
         ),
         (
             lambda: score_matrix(

@@ -4,7 +4,14 @@ import pytest
 
 from mtl_anagram.errors import InputError
 from mtl_anagram.models.tokenizers import T5Tokenizer
-from mtl_anagram.prompts import check_prompts, concept_span, parse_concept, styled
+from mtl_anagram.prompts import (
+    check_prompts,
+    concept_span,
+    other_prompts,
+    parse_concept,
+    styled,
+    with_article,
+)
 from tests.unit.tiny import sentencepiece_model
 
 
@@ -29,6 +36,17 @@ def test_styled():
     for wrong in ((None, "a duck"), ("a", 3)):
         with pytest.raises(InputError, match="must be a str"):
             styled(*wrong)
+
+
+def test_articles():
+    assert [with_article(n) for n in ("duck", "eye", "the moon")] == ["a duck", "an eye", "the moon"]
+
+
+def test_other_prompts_leave_out_what_is_asked_for():
+    concepts = ("duck", "house", "house plant", "apple")
+    assert other_prompts("a sketch of", ["a duck", "a house plant"], concepts) == ["a sketch of an apple"]
+    assert other_prompts("", ["a house"], concepts) == ["a duck", "a house plant", "an apple"]
+    assert other_prompts("a sketch of", ["a duck"], ()) == []
 
 
 def test_check_prompts():
