@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,21 +11,21 @@ import torch
 from torch import Tensor
 
 from .checks import choice, flag, whole_number
+from .checksums import combined_checksum, optional_file, sha256_of, weight_paths
 from .devices import resolve_device, resolve_dtype
 from .errors import AnagramError, InputError, SourceError
 from .models import load_noise_clip, load_t5, load_tokenizer, load_unet
 from .models.configs import UNetConfig
-from .models.glide import MERGES, open_noise_clip
-from .models.loading import check_unet_files, weight_files
+from .models.loading import check_unet_files
 from .models.noise_clip import NoiseCLIP
-from .models.sources import Folder, Source, open_source, read_config, require
+from .models.sources import Source, open_source, read_config, require
 from .models.t5 import T5Encoder
 from .models.tokenizers import T5Tokenizer
 from .models.unet import UNet
 from .models.upscaler import Upscaler, load_upscaler
 from .parts import find_parts
 from .prompt_cache import PromptCache
-from .releases import LAYOUTS, PLACES, STAGES, UPSCALER_PARTS, WITHOUT_VARIANT, stages_of
+from .releases import PLACES, STAGES, UPSCALER_PARTS, WITHOUT_VARIANT, stages_of
 from .sampling import Recipe, Schedule
 from .text import MODES, streams, text_files
 
@@ -217,7 +214,7 @@ class Cascade:
     def schedule(self, stage: int, num_inference_steps: int) -> Schedule:
         """Stage 1's or 2's noise schedule, from its scheduler_config.json where the release has one."""
         part = f"stage_{stage}"
-        path = self._optional(part, "scheduler", "scheduler_config.json")
+        path = optional_file(self._source(part), "scheduler", "scheduler_config.json")
         if path is None:
             return (
                 Schedule.stage_1(num_inference_steps) if stage == 1 else Schedule.stage_2(num_inference_steps)
@@ -314,7 +311,13 @@ class Cascade:
 
     def checksums(self) -> dict[str, str]:
         """sha256 of every file that a picture depends on, by part and name (read once, then remembered)."""
-        return self._once("checksums", self._checksums)
+        return self._once(
+            "checksums",
+            lambda: {
+                name: self._checksum(path)
+                for name, path in sorted(weight_paths(self.sources, self.variants).items())
+            },
+        )
 
     def upscaler_checksums(self) -> dict[str, str]:
         """The same for stage III, by itself: pictures that end before it do not depend on it."""
@@ -330,13 +333,6 @@ class Cascade:
         if source is None:
             raise InputError(f"the cascade {self.name} has no {part}: name its folder or hub id with {part}=")
         return source
-
-    def _optional(self, part: str, subfolder: str, name: str) -> Path | None:
-        """A file that a release may lack, with its folder or without, or None."""
-        files = open_source(self._source(part), None, name)
-        if isinstance(files, Folder) and not (files.path / subfolder).is_dir():
-            return files.get(name)
-        return open_source(self._source(part), subfolder, name).get(name)
 
     @property
     def text_dtype(self) -> torch.dtype | None:
@@ -390,7 +386,7 @@ class Cascade:
         }
 
     def _checksum(self, path: Path) -> str:
-        return _sha256(path) if self.prompt_cache is None else self.prompt_cache.checksum(path, _sha256)
+        return sha256_of(path) if self.prompt_cache is None else self.prompt_cache.checksum(path, sha256_of)
 
     def _unet(self, part: str) -> UNet:
         return load_unet(
@@ -433,46 +429,3 @@ class Cascade:
         if name in UPSCALER_PARTS:
             return upscaler is not None and any(map(upscaler.holds, UPSCALER_PARTS[name]))
         return name in self._models
-
-    def _checksums(self) -> dict[str, str]:
-        found: dict[str, Path] = {}
-        for part, layout in LAYOUTS.items():
-            if self.sources[part] is None or part == "stage_3":  # upscaler_checksums
-                continue
-            for network in layout.networks:
-                files = open_source(self._source(part), network.subfolder, "config.json")
-                paths = [files.get("config.json"), *weight_files(files, network.base, self.variants[part])]
-                found |= {f"{part}/{network.subfolder}/{p.name}": p for p in paths if p is not None}
-            for small in (*layout.required, *layout.optional):
-                path = self._optional(part, *small.split("/"))
-                if path is not None:
-                    found[f"{part}/{small}"] = path
-        if self.has_noise_clip:
-            files = open_noise_clip(self._source("noise_clip"))
-            groups = [
-                [f"{tower}.safetensors", f"{tower}.pt"] for tower in ("clip_image_enc", "clip_text_enc")
-            ]
-            for names in [*groups, list(MERGES)]:
-                path = next((p for p in map(files.get, names) if p is not None), None)
-                if path is not None:
-                    found[f"noise_clip/{path.name}"] = path
-        return {name: self._checksum(path) for name, path in sorted(found.items())}
-
-
-def combined_checksum(checksums: dict[str, str]) -> str:
-    """One sha256 for a set of files: of their names and checksums."""
-    return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    blob = path.resolve()
-    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return blob.name  # the hub's cache names large files by their sha256: no need to read 10 GB again
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read ({error}); allow it, or download it again") from error
-    return digest.hexdigest()

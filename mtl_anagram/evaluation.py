@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .atomic import write_atomically
-from .cascade import MAX_TOKENS, Cascade, combined_checksum
+from .cascade import MAX_TOKENS, Cascade
 from .checks import whole_number
+from .checksums import combined_checksum
 from .errors import InputError
 from .job import check_seeds, check_sizes
 from .media import encode_png

@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .cascade import MAX_TOKENS, Cascade, combined_checksum
+from .cascade import MAX_TOKENS, Cascade
+from .checksums import combined_checksum
 from .devices import resolve_device
 from .errors import InputError
 from .job import Job, check_networks, check_noise_level, check_seeds, check_sizes, column, parse_prompts

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cascade import Cascade, combined_checksum
+from .cascade import Cascade
 from .checks import MAX_SEED
+from .checksums import combined_checksum
 from .errors import InputError
 from .prompts import parse_concept, styled
 from .sampling import Recipe, Schedule, UpscaleRecipe

@@ -79,7 +79,37 @@ def network(plan: Plan) -> UNet:
         )
     )  # fmt: skip
     start_near_identity(unet)
+    pass_through(unet)
     return unet
+
+
+@torch.no_grad()
+def pass_through(unet: UNet) -> None:
+    """Begin with the noise's best guess without a network: x_t itself, at unit variance.
+
+    The picture and its low-resolution twin take the first twelve channels of the outermost level, each colour
+    with its negative beside it: a norm over such a pair changes neither's mean, and gelu(x) - gelu(-x) = x. So
+    they reach the last convolution as they are, and what is learnt is how they differ from the noise. Without
+    this a short training never copies x_t well enough: at t = 950 a noise error of 7% is a picture error of 90%.
+    """
+    colours, width = unet.conv_in.in_channels, unet.conv_in.out_channels
+    if width < 2 * colours or width // unet.conv_norm_out.num_groups != 2:
+        raise ValueError(
+            f"{width} channels outermost: there must be {2 * colours} or more, two to a norm's group"
+        )
+    last = unet.up_blocks[-1].resnets[-1]
+    inner = last.conv_shortcut.in_channels - width  # channels that come from below; then those of conv_in
+    for conv in (unet.conv_in, last.conv_shortcut):
+        conv.weight[: 2 * colours] = 0
+        conv.bias[: 2 * colours] = 0
+    for bias in (last.conv2.bias, unet.conv_out.bias):
+        bias.zero_()
+    for channel in range(2 * colours):
+        sign = 1 - 2 * (channel % 2)
+        unet.conv_in.weight[channel, channel // 2, 1, 1] = sign
+        last.conv_shortcut.weight[channel, inner + channel, 0, 0] = OUT_SCALE
+        if channel < 6:
+            unet.conv_out.weight[channel // 2, channel, 1, 1] = sign
 
 
 class Trainer:

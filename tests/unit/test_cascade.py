@@ -11,7 +11,8 @@ import torch
 
 import mtl_anagram.cascade as module
 from mtl_anagram import Cascade, ConfigError, InputError, Recipe, SourceError, generate_anagram
-from mtl_anagram.cascade import combined_checksum, embedded_folder
+from mtl_anagram.cascade import embedded_folder
+from mtl_anagram.checksums import combined_checksum
 from mtl_anagram.models import load_t5, load_tokenizer
 from mtl_anagram.sampling import Schedule
 

@@ -23,7 +23,7 @@ from mtl_anagram import (
     get_views,
     repeat_anagram,
 )
-from mtl_anagram.cascade import combined_checksum
+from mtl_anagram.checksums import combined_checksum
 from mtl_anagram.media import encode_png, side_by_side
 from mtl_anagram.prompts import concept_span
 from mtl_anagram.sampling import sample_stage1, sample_stage2

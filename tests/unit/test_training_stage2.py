@@ -14,7 +14,7 @@ from training.train_stage2 import SIZE, Plan, Trainer, coarse_errors, network
 
 TINY = Plan(
     batch=4, crop=64, pictures=10_000, whole=0, warmup=8, cooldown=100, bf16=False, typical=1.0,
-    widths=(8, 8, 8, 16), head=8, groups=4, width=32,
+    widths=(12, 12, 12, 24), head=12, groups=6, width=32,
 )  # fmt: skip
 CONCEPTS = ("duck", "elephant")
 
@@ -35,6 +35,22 @@ def test_the_network_is_a_stage_2_of_the_family() -> None:
     assert again == config
     assert (config.in_channels, config.class_embed_type, config.sample_size) == (6, "timestep", SIZE)
     assert config.resnet_skip_time_act
+
+
+def test_it_begins_as_x_t(trainer: Trainer) -> None:
+    """Whatever the twin, the timestep and the text: the noise's first guess is x_t at unit variance."""
+    g = torch.Generator().manual_seed(1)
+    x, low = 0.7 * torch.randn(2, 3, 64, 64, generator=g), torch.randn(2, 3, 64, 64, generator=g)
+    with torch.no_grad():
+        out = trainer.unet(
+            torch.cat([x, low], 1),
+            torch.tensor([3, 950]),
+            trainer.states[:2],
+            class_labels=torch.tensor([0, 99]),
+        )
+    unit = x / x.square().mean((2, 3), keepdim=True).sqrt()
+    torch.testing.assert_close(out[:, :3], unit, atol=1e-3, rtol=0)
+    assert out[:, 3:].abs().max() == 0
 
 
 def test_a_batch_is_a_square_of_picture_and_twin(trainer: Trainer) -> None:
