@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 STEPS = 1000
@@ -49,6 +50,23 @@ class Diffusion:
         """x_t of pictures (B, C, H, W) at timesteps (B,)."""
         a = column(self.alpha_bar, t)
         return a.sqrt() * x0 + (1 - a).sqrt() * noise
+
+    def astray(self, x0: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        """A coarse part for the noise of pictures (B, C, H, W) at timesteps (B,), as sampling brings it about.
+
+        Sampling begins with white noise, but x_t holds sqrt(a) x_0 even at the last timestep (Lin et al. 2023,
+        Common diffusion noise schedules are flawed, section 3): averaged over many pixels that is far from white,
+        and a network that trusts it draws grey for white. Here a random share of it is missing, and a random
+        field is added, so that the tone is learnt from the low-resolution picture, which has it.
+        """
+        height, width = x0.shape[-2:]
+        coarse = F.interpolate(F.avg_pool2d(x0, 16), (height, width), mode="bilinear")
+        share = torch.rand(len(x0), 1, 1, 1, generator=generator)
+        field = F.interpolate(
+            torch.randn(len(x0), x0.shape[1], 4, 4, generator=generator), (height, width), mode="bilinear"
+        )
+        a = column(self.alpha_bar, t)
+        return (a * (1 - a)).sqrt() * (0.3 * field - share * coarse)
 
     def weight_of_picture(self, t: Tensor) -> Tensor:
         """How much a noise error at timesteps (B,) matters to the picture, (B,), from 1 to 20.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mtl_anagram.models.configs import UNetConfig
+from tests.unit.tiny import save_module
 from training import captions, checkpoints
 from training.diffusion import Diffusion
 from training.train_stage2 import SIZE, Plan, Trainer, coarse_errors, network
@@ -51,6 +52,47 @@ def test_it_begins_as_x_t(trainer: Trainer) -> None:
     unit = x / x.square().mean((2, 3), keepdim=True).sqrt()
     torch.testing.assert_close(out[:, :3], unit, atol=1e-3, rtol=0)
     assert out[:, 3:].abs().max() == 0
+
+
+def test_no_prompt_changes_it(trainer: Trainer, tmp_path) -> None:
+    """After training, and from an export whose text did: guidance then finds no difference to enlarge."""
+
+    def difference(unet) -> float:
+        x, steps = (
+            torch.randn(2, 6, 64, 64, generator=torch.Generator().manual_seed(2)),
+            torch.tensor([3, 950]),
+        )
+        with torch.no_grad():
+            one, two = (unet(x, steps, trainer.states[k : k + 2], class_labels=steps) for k in (0, 5))
+        return (one - two).abs().max().item()
+
+    for _ in range(3):
+        trainer.train_step()
+    assert difference(trainer.unet) == 0
+    torch.nn.init.normal_(trainer.unet.encoder_hid_proj.weight)
+    torch.nn.init.normal_(trainer.unet.add_embedding.norm2.weight)
+    assert difference(trainer.unet) > 1e-4
+    save_module(trainer.unet, tmp_path / "unet/diffusion_pytorch_model.safetensors", torch.float32)
+    trainer.begin_from(tmp_path)
+    assert difference(trainer.unet) == 0
+
+
+def test_noise_goes_astray_in_the_coarse_alone() -> None:
+    """Sampling's first x_t lacks all of sqrt(a) x_0: this covers that, and leaves the clean end alone."""
+    schedule, g = Diffusion.cosine(), torch.Generator().manual_seed(3)
+    x0 = torch.ones(400, 3, 64, 64)
+    t = torch.full((400,), 957)
+    extra = schedule.astray(x0, t, g)
+    a = schedule.alpha_bar[957]
+    missing = -extra.mean((1, 2, 3)) / a.sqrt()  # of the picture's tone, 1
+    assert missing.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert missing.min() < 0.1
+    assert missing.max() > 0.9
+    fine = extra - torch.nn.functional.interpolate(
+        torch.nn.functional.avg_pool2d(extra, 8), (64, 64), mode="bilinear"
+    )
+    assert fine.std() < 0.2 * extra.std()
+    assert schedule.astray(x0, torch.zeros(400, dtype=torch.long), g).std() < 0.01
 
 
 def test_a_batch_is_a_square_of_picture_and_twin(trainer: Trainer) -> None:
