@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from mtl_anagram import Protocol, Recipe, evaluate, generate_anagram
+from mtl_anagram import Cascade, Protocol, Recipe, evaluate, generate_anagram
 from mtl_anagram.cli import main
 from mtl_anagram.errors import InputError
 from mtl_anagram.evaluation import ABLATION, choose_pairs
@@ -15,6 +16,7 @@ from mtl_anagram.media import decode_png
 from mtl_anagram.metrics import alignment, concealment
 from mtl_anagram.models import Judge
 from mtl_anagram.report import as_table, interval, report
+from tests.unit.tiny import write_cascade
 
 QUICK = Recipe.plain(num_inference_steps=2)
 PROTOCOL = Protocol(
@@ -45,6 +47,21 @@ def test_cells_are_made_once_and_go_on(cascade, judge, one_thread, tmp_path) -> 
     table = as_table(first)
     assert table.count("\n") == 7
     assert "| rotate_180 | balancing | 4 |" in table
+
+
+def test_cells_of_64_px_outlive_another_stage_2(judge, one_thread, tmp_path) -> None:
+    folder = write_cascade(tmp_path / "cascade")
+    protocol = dataclasses.replace(PROTOCOL, pairs=(("duck", "cat"),), views=("flip",))
+
+    def cells(size: int = 64) -> int:
+        model = Cascade.from_pretrained(folder, device="cpu")
+        evaluate(model, dataclasses.replace(protocol, size=size), tmp_path / "out", judge=judge)
+        return len(list((tmp_path / "out/cells").glob("*.json")))
+
+    assert (cells(), cells(256)) == (2, 4)
+    config = folder / "stage_2/unet/config.json"
+    config.write_text(config.read_text() + "\n")
+    assert (cells(), cells(256)) == (4, 6)
 
 
 def test_a_cell_is_what_generate_makes(cascade, judge, one_thread, tmp_path) -> None:
