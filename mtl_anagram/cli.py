@@ -174,7 +174,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             )
         made = [best]
     if not cascade.has_stage_2:
-        print(f"{cascade.name} has no stage II yet: stopped after stage I", file=sys.stderr)
+        print(f"{cascade.name} has no stage II: stopped after stage I", file=sys.stderr)
     for anagram in made:
         _report(anagram)
     return 0

@@ -11,7 +11,7 @@ from mtl_anagram.models.sources import read_json
 from mtl_anagram.sampling import Schedule
 from tests.helpers import relative
 
-STAGE_1 = embedded_folder() / "stage_1"
+STAGE_1, STAGE_2 = embedded_folder() / "stage_1", embedded_folder() / "stage_2"
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,22 @@ def test_the_unet(text):
         expected = theirs(x, t, text[1]).sample
         assert relative(ours(x, t, text[0]), expected) < 1e-5
     assert relative(expected[:1, :3], x[:1]) < 0.5  # a trained one: at t = 957 nearly all of x is noise
+
+
+def test_stage_2(text):
+    """Of 64 px, which its convolutions take as well, at a noise level of its low-resolution picture."""
+    theirs = UNet2DConditionModel.from_pretrained(
+        STAGE_2 / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
+    ours = load_unet(STAGE_2, dtype=torch.float32)
+    x, t = torch.randn(2, 6, 64, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([957, 33])
+    levels = torch.tensor([50, 250])
+    with torch.no_grad():
+        expected = theirs(x, t, text[1][:2], class_labels=levels).sample
+        assert relative(ours(x, t, text[0][:2], class_labels=levels), expected) < 1e-5
+        other = ours(x, t, text[0][2:], class_labels=levels)
+    assert relative(other, expected) < 1e-5  # it does not ask what the picture shows
+    assert relative(expected[:1, :3], x[:1, :3]) < 0.5
 
 
 def test_the_schedule():

@@ -317,7 +317,7 @@ def test_an_interruption_ends_with_status_130(generate, monkeypatch, capsys):
 def test_a_cascade_without_stage_2_says_so(generate, cascade_folder, capsys):
     options = ["--noise-clip", str(cascade_folder / "noise_clip"), "--quiet"]
     assert generate(*options, model=cascade_folder / "stage_1") == 0
-    assert "has no stage II yet: stopped after stage I" in capsys.readouterr().err
+    assert "has no stage II: stopped after stage I" in capsys.readouterr().err
     assert generate(*options, "--stop-after", "64", model=cascade_folder / "stage_1") == 2
     assert "no stage II" in capsys.readouterr().err
     assert generate("--quiet", out="b") == 0

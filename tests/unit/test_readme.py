@@ -39,7 +39,7 @@ def test_python_blocks_run(number, tmp_path, monkeypatch):
         assert names["views"][1].to_metadata()["arguments"] == {"bands": 4}
     else:
         assert sorted(p.name for p in tmp_path.glob("output/*/*.png")) == sorted(
-            3 * ["sample_64.png", "sample_64.views.png"]
+            3 * ["sample_256.png", "sample_256.views.png", "sample_64.png", "sample_64.views.png"]
         )
 
 
@@ -67,8 +67,8 @@ def test_commands_run(tmp_path, monkeypatch, capsys):
             ]
         # Seeds that another command of the page has written to the same folder stand for other prompts.
         assert cli.main([*words[1:], "--quiet"]) == 0, capsys.readouterr().err
-    assert (tmp_path / "again/0007/sample_64.png").read_bytes() == (
-        tmp_path / "output/0007/sample_64.png"
+    assert (tmp_path / "again/0001/sample_64.png").read_bytes() == (
+        tmp_path / "output/0001/sample_64.png"
     ).read_bytes()
 
 
