@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .cascade import Cascade
 from .checks import MAX_SEED, whole_number
 from .errors import InputError
+from .evaluation import at_64
 from .generate import generate_anagram
 from .media import decode_png
 from .metrics import TEMPERATURE, alignment, anagram_score, concealment, score_matrix
@@ -84,9 +84,8 @@ def best_of(
     candidates = []
     for anagram in made:
         picture = decode_png(anagram.pictures[side].read_bytes())[None]
-        picture = F.interpolate(picture, (64, 64), mode="bilinear", antialias=True, align_corners=False)
         scores = score_matrix(
-            picture.to(cascade.device), made_views, lambda x: clip.embed_image(x, 0), texts
+            at_64(picture).to(cascade.device), made_views, lambda x: clip.embed_image(x, 0), texts
         ).cpu()
         own = scores[..., : len(made_views)]
         values = (anagram_score(scores), alignment(own), concealment(own, TEMPERATURE))

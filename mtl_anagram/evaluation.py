@@ -165,6 +165,7 @@ def evaluate(
         name: value for name, value in cascade.checksums().items() if last > 1 or name[:7] != "stage_2"
     }
     weights = combined_checksum(checksums)
+    judge_sum = _state_sum(judge)
     cells = protocol.cells()
     from tqdm import tqdm
 
@@ -174,7 +175,7 @@ def evaluate(
         request = {
             "recipe": recipe.to_dict(), "view": view, "names": list(names), "style": protocol.style,
             "seeds": list(protocol.seeds), "size": protocol.size, "noise_level": protocol.noise_level,
-            "weights_sha256": weights, "judge_sha256": _state_sum(judge),
+            "weights_sha256": weights, "judge_sha256": judge_sum,
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:12]
         stem = "-".join([recipe_name, view, *names, digest]).replace(" ", "_").replace("/", "_")

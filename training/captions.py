@@ -83,6 +83,11 @@ def paint_of(column: Tensor) -> Tensor:
     return paints[column % len(STYLES)]
 
 
+def columns_of_paints() -> Tensor:
+    """For each of PAINTS the first column of `caption_table`'s arrays that is of it, (P,) long."""
+    return torch.tensor([next(i for i, s in enumerate(STYLES.values()) if s is paint) for paint in PAINTS])
+
+
 def corpus() -> list[str]:
     """The sentences from which both tokenizers are made."""
     lines = [text for name in NAMES for text in captions_of(name, (*STYLES, *LATER_STYLES))]

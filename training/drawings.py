@@ -160,6 +160,12 @@ def by_concept(labels: Tensor, count: int, typical: Tensor | None = None, share:
     return [r[typical[r].argsort(descending=True, stable=True)[: math.ceil(share * len(r))]] for r in rows]
 
 
+def held_out(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` rows, or all there are, of the test split's labels (N,) that are of a concept (not -1)."""
+    known = torch.nonzero(labels >= 0)[:, 0]
+    return known[torch.randperm(len(known), generator=generator)[:count]]
+
+
 def draw_rows(rows: list[Tensor], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A batch with every concept equally likely: rows (size,) into the drawings, concepts (size,)."""
     concepts = torch.randint(len(rows), (size,), generator=generator)

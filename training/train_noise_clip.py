@@ -167,16 +167,13 @@ class Trainer:
     def probe(self, count: int = 600) -> dict[str, Any]:
         """Held-out drawings, the styles in turn: how often their own caption comes first of all concepts', by t."""
         g = torch.Generator().manual_seed(7)
-        known = torch.nonzero(self.data["test_labels"] >= 0)[:, 0]
-        test = known[torch.randperm(len(known), generator=g)[:count]]
+        test = drawings.held_out(self.data["test_labels"], count, g)
         labels = self.data["test_labels"][test]
         fields = torch.stack([self.data["test"][test], self.data["test_shapes"][test]], 1).float().div(255)
         which = torch.arange(len(test)) % len(styles.PAINTS)
         x0 = styles.paint(fields, which, g)
         noise = torch.randn(x0.shape, generator=g)
-        words = [
-            next(i for i, s in enumerate(styles.STYLES.values()) if s is paint) for paint in styles.PAINTS
-        ]
+        words = captions.columns_of_paints().tolist()
         texts = torch.stack([self.texts(torch.full((len(self.places),), word)) for word in words])
         result: dict[str, Any] = {}
         for t in PROBES:

@@ -227,8 +227,7 @@ class Trainer:
         unet.load_state_dict(self.ema)
         unet.eval()
         g = torch.Generator().manual_seed(11)
-        known = torch.nonzero(self.data["test_labels"] >= 0)[:, 0]
-        rows = known[torch.randperm(len(known), generator=g)[:count]]
+        rows = drawings.held_out(self.data["test_labels"], count, g)
         fields = drawings.augment(self.data["test"][rows], self.data["test_shapes"][rows], g, SIZE)
         which = torch.arange(count) % len(styles.PAINTS)
         x0 = styles.paint(fields, which, g)
@@ -236,8 +235,7 @@ class Trainer:
         large = F.interpolate(small, (SIZE, SIZE), mode="bilinear", align_corners=True)
         levels = torch.full((count,), level)
         low = self.diffusion.noised(large, levels, torch.randn(large.shape, generator=g))
-        words = [next(i for i, s in enumerate(styles.STYLES.values()) if s is p) for p in styles.PAINTS]
-        columns = torch.tensor(words)[which]
+        columns = captions.columns_of_paints()[which]
         texts = self.states[self.places[self.data["test_labels"][rows], columns]]
 
         def predict(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
