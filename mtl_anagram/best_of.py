@@ -53,7 +53,7 @@ def best_of(
     """The best of `count` anagrams, and all candidates, best first.
 
     Seeds seed, seed + 1, ... are sampled through stage I into SAVE_DIR/candidates, scored by the cascade's
-    noise-aware CLIP on the clean pictures (timestep 0) against everything else that the cascade has learnt, and the
+    noise-aware CLIP on the clean pictures (timestep 0) against everything else that the CLIP has learnt, and the
     best is sampled through all stages into SAVE_DIR. Arguments as `generate_anagram`'s; needs two readings or
     more. What is there already is not made again.
 
@@ -79,7 +79,7 @@ def best_of(
     clip = cascade.noise_clip
     clean = [parse_concept(prompt).prompt for prompt in prompts]
     wanted = [parse_concept(styled(style, prompt)).prompt for prompt in prompts]
-    others = other_prompts(parse_concept(style).prompt, clean, cascade.concepts)
+    others = other_prompts(parse_concept(style).prompt, clean, cascade.clip_concepts)
     texts = clip.embed_text([*wanted, *others])
     candidates = []
     for anagram in made:

@@ -60,8 +60,9 @@ class Cascade:
     prompts' states are kept, so that the text encoder is loaded for new prompts only; None = no cache.
 
     Attributes: device, dtype (of the networks), recipe (what the cascade's makers recommend), concepts (names
-    that its makers say it has learnt, for a small cascade, else none), name, sources and variants (by part),
-    and has_stage_2, has_stage_3 and has_noise_clip, which say what the cascade holds."""
+    that its makers say it has learnt to draw, for a small cascade, else none), clip_concepts (those that its
+    noise-aware CLIP tells apart; the same unless given), name, sources and variants (by part), and has_stage_2,
+    has_stage_3 and has_noise_clip, which say what the cascade holds."""
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class Cascade:
         name: str | None = None,
         recipe: Recipe | None = None,
         concepts: Sequence[str] = (),
+        clip_concepts: Sequence[str] = (),
         variant: str | Mapping[str, str | None] | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -94,6 +96,7 @@ class Cascade:
         self.name = str(stage_1) if name is None else name
         self.recipe = Recipe.released() if recipe is None else recipe
         self.concepts = tuple(concepts)
+        self.clip_concepts = tuple(clip_concepts) or self.concepts
         self.sources = {
             "stage_1": stage_1,
             "stage_2": stage_2,
@@ -147,6 +150,7 @@ class Cascade:
             name=found.name,
             recipe=found.recipe,
             concepts=found.concepts,
+            clip_concepts=found.clip_concepts,
             variant=found.variants,
             device=device,
             dtype=dtype,

@@ -211,7 +211,7 @@ def _cell(
     ])  # fmt: skip
     small = at_64(pictures)
     clip = parts.cascade.noise_clip
-    others = other_prompts(protocol.style, names, parts.cascade.concepts)
+    others = other_prompts(protocol.style, names, parts.cascade.clip_concepts)
     texts = clip.embed_text([*prompts, *others])
     every = score_matrix(small, views, lambda x: clip.embed_image(x.to(parts.cascade.device), 0), texts)
     best, scores = anagram_score(every, protocol.temperature), every[..., : len(views)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import ConfigError, SourceError
 from .models.sources import Folder, Source, open_source, read_config, read_json
@@ -14,13 +14,14 @@ from .sampling import Recipe
 
 @dataclass(frozen=True)
 class Parts:
-    """sources and variants by part ("stage_1", ...); name, recipe and concepts where the source has them."""
+    """sources and variants by part ("stage_1", ...); name, recipe and names learnt where the source has them."""
 
     sources: dict[str, Source | None]
     variants: dict[str, str | None]
     name: str | None = None
     recipe: Recipe | None = None
     concepts: tuple[str, ...] = ()
+    clip_concepts: tuple[str, ...] = ()
 
 
 def find_parts(source: Source, variant: str | None, **named: Source | None) -> Parts:
@@ -31,11 +32,10 @@ def find_parts(source: Source, variant: str | None, **named: Source | None) -> P
     """
     own: dict[str, Any] = {"stage_1": source}
     stored: dict[str, str | None] = {}
-    name, recipe = None, None
-    concepts: tuple[str, ...] = ()
+    about = _About()
     release = release_of(source)
     if release is not None:
-        name = release.name
+        about = _About(release.name)
         own = dict.fromkeys(("stage_1", *named), source)
     else:
         try:
@@ -45,7 +45,7 @@ def find_parts(source: Source, variant: str | None, **named: Source | None) -> P
         if isinstance(files, Folder):
             own = _folder(files, source, ("stage_1", *named))
             if own["stage_1"] != files.path:
-                name, recipe, concepts, stored = _about(files.path)
+                about, stored = _about(files.path)
     given = own | {part: value for part, value in named.items() if value is not None}
     sources = {part: part_source(given.get(part), part) for part in ("stage_1", *named)}
     if named.get("stage_3") is None and sources.get("stage_2", "") is None:
@@ -57,7 +57,7 @@ def find_parts(source: Source, variant: str | None, **named: Source | None) -> P
         default = DEFAULT_VARIANT if release_of(value) is not None else default
         chosen = default if variant is None else variant
         variants[part] = chosen if chosen != FULL and has_variant(sources[part], part) else None
-    return Parts(sources, variants, name, recipe, concepts)
+    return Parts(sources, variants, about.name, about.recipe, about.concepts, about.clip_concepts)
 
 
 def _folder(files: Folder, source: Source, parts: tuple[str, ...]) -> dict[str, Any]:
@@ -76,8 +76,17 @@ def _folder(files: Folder, source: Source, parts: tuple[str, ...]) -> dict[str, 
     )
 
 
-def _about(folder: Path) -> tuple[str, Recipe | None, tuple[str, ...], dict[str, str | None]]:
-    """What a folder's cascade.json says: name, recipe, the concepts learnt, and by part the variant of its files."""
+class _About(NamedTuple):
+    """What a source says of itself."""
+
+    name: str | None = None
+    recipe: Recipe | None = None
+    concepts: tuple[str, ...] = ()
+    clip_concepts: tuple[str, ...] = ()
+
+
+def _about(folder: Path) -> tuple[_About, dict[str, str | None]]:
+    """What a folder's cascade.json says of itself, and by part the variant of its files."""
     place = folder / "cascade.json"
     about = read_json(place) if place.is_file() else {}
     name = about.get("name", folder.name)
@@ -86,10 +95,13 @@ def _about(folder: Path) -> tuple[str, Recipe | None, tuple[str, ...], dict[str,
     recipe = None
     if about.get("recipe") is not None:
         recipe = read_config(place, lambda content: Recipe.from_dict(content["recipe"]))
-    concepts = about.get("concepts", [])
-    if not isinstance(concepts, list) or not all(isinstance(concept, str) for concept in concepts):
-        raise ConfigError(f"{place}: concepts={concepts!r} must be a list of names; change it back")
+    learnt = []
+    for field in ("concepts", "clip_concepts"):
+        names = about.get(field, [])
+        if not isinstance(names, list) or not all(isinstance(concept, str) for concept in names):
+            raise ConfigError(f"{place}: {field}={names!r} must be a list of names; change it back")
+        learnt.append(tuple(names))
     variants = about.get("variants", {})
     if not isinstance(variants, dict) or not all(isinstance(v, str | None) for v in variants.values()):
         raise ConfigError(f"{place}: variants={variants!r} must give a word or null by part; change it back")
-    return name, recipe, tuple(concepts), variants
+    return _About(name, recipe, *learnt), variants

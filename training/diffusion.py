@@ -12,6 +12,7 @@ from torch import Tensor
 
 STEPS = 1000
 VLB_WEIGHT = 1e-3  # Nichol and Dhariwal 2021, equation 16
+COARSE = 0.1  # how much the noise's error in the average of many pixels counts beside the plain one
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,26 @@ class Diffusion:
         a = column(self.alpha_bar, t)
         return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
-    def astray(self, x0: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+    def astray(
+        self, x0: Tensor, t: Tensor, generator: torch.Generator, *, cell: int = 16, field: int = 4
+    ) -> Tensor:
         """A coarse part for the noise of pictures (B, C, H, W) at timesteps (B,), as sampling brings it about.
 
         Sampling begins with white noise, but x_t holds sqrt(a) x_0 even at the last timestep (Lin et al. 2023,
         Common diffusion noise schedules are flawed, section 3): averaged over many pixels that is far from white,
         and a network that trusts it draws grey for white. Here a random share of it is missing, and a random
-        field is added, so that the tone is learnt from the low-resolution picture, which has it.
+        field is added, so that the tone is learnt from elsewhere: from the low-resolution picture, or from the
+        words.
+
+        cell: the side in pixels of the squares in whose averages the picture is missing; field: the random
+        field's numbers to a side.
         """
-        height, width = x0.shape[-2:]
-        coarse = F.interpolate(F.avg_pool2d(x0, 16), (height, width), mode="bilinear")
+        size = x0.shape[-2:]
+        coarse = F.interpolate(F.avg_pool2d(x0, cell), size, mode="bilinear")
         share = torch.rand(len(x0), 1, 1, 1, generator=generator)
-        field = F.interpolate(
-            torch.randn(len(x0), x0.shape[1], 4, 4, generator=generator), (height, width), mode="bilinear"
-        )
+        noise = torch.randn(len(x0), x0.shape[1], field, field, generator=generator)
         a = column(self.alpha_bar, t)
-        return (a * (1 - a)).sqrt() * (0.3 * field - share * coarse)
+        return (a * (1 - a)).sqrt() * (0.3 * F.interpolate(noise, size, mode="bilinear") - share * coarse)
 
     def weight_of_picture(self, t: Tensor) -> Tensor:
         """How much a noise error at timesteps (B,) matters to the picture, (B,), from 1 to 20.
@@ -123,6 +128,20 @@ def normal_cdf(z: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
 
 
+def coarse_errors(error: Tensor) -> Tensor:
+    """The error (B, 3, H, W) of the noise averaged over 2 x 2, 4 x 4, ... 16 x 16 pixels; (B,), their mean.
+
+    Each average is scaled so that a white error counts as much as in the plain loss; one that is the same over
+    many pixels counts up to 256 times as much. Without it a short training leaves large areas clouded: their
+    tone is one number among 65,536 (the multiscale loss of Hoogeboom et al. 2023, simple diffusion, section 3.2).
+    """
+    sides = (2, 4, 8, 16)
+    return sum(
+        ((F.avg_pool2d(error, side) * side).square().flatten(1).mean(1) for side in sides),
+        start=error.new_zeros(()),
+    ) / len(sides)
+
+
 def timestep_weights() -> Tensor:
     """How often training draws each timestep, (1000,): never seldom, most often where the layout is decided.
 
@@ -141,10 +160,8 @@ def sample(
     *,
     steps: int,
     guidance: float,
-    quantile: float = 0.95,
-    limit: float = 1.5,
 ) -> Tensor:
-    """Plain guided DDPM sampling with dynamic thresholding on `steps` evenly spaced timesteps.
+    """Plain guided DDPM sampling with the picture kept in [-1, 1] on `steps` evenly spaced timesteps.
 
     predict(x, t) -> the UNet's output without and with the text, each (B, 6, H, W). Returns pictures in
     [-1, 1].
@@ -159,8 +176,7 @@ def sample(
         a = schedule.alpha_bar[t]
         before = schedule.alpha_bar[t - stride] if t >= stride else torch.tensor(1.0)
         x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
-        bound = torch.quantile(x0.abs().flatten(1), quantile, dim=1).clamp(1, limit)[:, None, None, None]
-        x0 = x0.clamp(-bound, bound) / bound
+        x0 = x0.clamp(-1, 1)
         beta = 1 - a / before
         mean = before.sqrt() * beta / (1 - a) * x0 + (a / before).sqrt() * (1 - before) / (1 - a) * x
         low = ((1 - before) / (1 - a) * beta).clamp(min=1e-20).log()

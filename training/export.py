@@ -15,13 +15,14 @@ from torch import Tensor
 from mtl_anagram.atomic import write_atomically
 from training import checkpoints, drawings, styles, train_stage1, train_stage2
 
-NAME = "embedded-v2"
-# The published stage I scheduler's settings.
+NAME = "embedded-v3"
+# The published schedulers' settings, but for one of stage I: its sample_max_value is 1.5. That dynamic threshold
+# divides a picture whose guided ink goes beyond black by up to 1.5, paper included: white is drawn as light grey.
 SCHEDULER = {
     "_class_name": "DDPMScheduler", "beta_end": 0.02, "beta_schedule": "squaredcos_cap_v2",
     "beta_start": 0.0001, "clip_sample": True, "clip_sample_range": 1.0, "dynamic_thresholding_ratio": 0.95,
     "num_train_timesteps": 1000,
-    "prediction_type": "epsilon", "sample_max_value": 1.5, "thresholding": True, "trained_betas": None,
+    "prediction_type": "epsilon", "sample_max_value": 1.0, "thresholding": True, "trained_betas": None,
     "variance_type": "learned_range",
 }  # fmt: skip
 
@@ -61,8 +62,7 @@ def export_stage2(state: dict[str, Any], out: Path) -> None:
     unet.load_state_dict(state["ema"])
     write_atomically(out / "stage_2/unet/config.json", as_json(unet.config.to_dict()))
     write_atomically(out / "stage_2/unet/diffusion_pytorch_model.safetensors", half(unet.state_dict()))
-    scheduler = {**SCHEDULER, "sample_max_value": 1.0}
-    write_atomically(out / "stage_2/scheduler/scheduler_config.json", as_json(scheduler))
+    write_atomically(out / "stage_2/scheduler/scheduler_config.json", as_json(SCHEDULER))
 
 
 def export_noise_clip(state: dict[str, Any], out: Path) -> None:
@@ -87,10 +87,11 @@ def training_facts(states: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return facts
 
 
-def write_index(out: Path, concepts: list[str], facts: dict[str, Any]) -> None:
+def write_index(out: Path, concepts: dict[str, list[str]], facts: dict[str, Any]) -> None:
     """cascade.json: name, concepts, styles, training, every file's SHA-256.
 
-    What an older index says of a part that is not exported now, and its recipe, stay.
+    concepts: by part, what it has learnt. What an older index says of a part that is not exported now, and its
+    recipe, stay.
     """
     old: dict[str, Any] = {}
     if (out / "cascade.json").is_file():
@@ -102,8 +103,11 @@ def write_index(out: Path, concepts: list[str], facts: dict[str, Any]) -> None:
         and file.suffix in (".json", ".safetensors", ".model", ".txt")
         and file.name != "cascade.json"
     }
+    drawn = concepts.get("stage_1") or old.get("concepts") or list(drawings.CONCEPTS)
+    told_apart = concepts.get("noise_clip") or old.get("clip_concepts") or drawn
     index = {
-        "name": NAME, "concepts": concepts, "styles": [style for style in styles.STYLES if style],
+        "name": NAME, "concepts": drawn, "clip_concepts": told_apart,
+        "styles": [style for style in styles.STYLES if style],
         "training": {**old.get("training", {}), **facts}, "files": files,
     }  # fmt: skip
     if "recipe" in old:
@@ -134,7 +138,7 @@ def main() -> None:
             continue
         export(state, out)
         states[part] = state
-    concepts = list(states["stage_1"]["concepts"] if "stage_1" in states else drawings.CONCEPTS)
+    concepts = {part: list(state["concepts"]) for part, state in states.items()}
     facts = training_facts(states)
     write_index(out, concepts, facts)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

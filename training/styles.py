@@ -113,7 +113,7 @@ def flat(ink: Tensor, value: float) -> Tensor:
     return ink.new_full((len(ink), 3, *ink.shape[-2:]), value)
 
 
-def widened(ink: Tensor, threshold: float = 0.25) -> Tensor:
+def widened(ink: Tensor, threshold: Tensor | float = 0.25) -> Tensor:
     """Strokes (B, 1, H, W) as wide as their blur stays above the threshold."""
     s = scale_of(ink)
     wide = torch.sigmoid((convolved(ink, gaussian(1.0 * s)) - threshold) * 16)

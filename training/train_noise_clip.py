@@ -17,7 +17,7 @@ from mtl_anagram.models.tokenizers import CLIPTokenizer
 from training import captions, drawings, loop, styles
 from training.diffusion import STEPS, Diffusion
 
-GIVEN = ("pictures", "batch", "cooldown", "seed", "lr", "typical", "clear")  # settings of the command
+GIVEN = ("pictures", "batch", "cooldown", "seed", "lr", "typical", "clear", "worn")  # settings of the command
 CLEAR = 150  # timesteps with hardly any noise
 PROBES = (0, 300, 600, 750, 850, 920, 957)  # timesteps at which held-out drawings are scored
 
@@ -32,6 +32,7 @@ class Plan:
     kind). `half_range`: the share of pictures handed over as x/2 + 0.5, the range in which the released code
     scores pictures.
     `clear`: the share of pictures with hardly any noise, t < 150: the CLIP chooses among finished pictures, too.
+    `worn`: the share that looks as if it had been sampled (`worn`).
     `easy`: pictures over which the highest timestep rises from 200 to the last.
     """
 
@@ -47,6 +48,7 @@ class Plan:
     floor_weight: float = 200.0
     half_range: float = 0.125
     clear: float = 0.25
+    worn: float = 0.5
     easy: int = 24_000
     one_style: float = 0.75
     typical: float = 0.6
@@ -142,7 +144,12 @@ class Trainer:
             choice[:] = choice[0]
         rows, labels = drawings.draw_rows(self.rows, size, g)
         fields = drawings.augment(self.data["train"][rows], self.data["train_shapes"][rows], g)
+        like_samples = torch.rand(size, generator=g) < self.plan.worn
+        fields[:, :1] = torch.where(
+            like_samples[:, None, None, None], thickened(fields[:, :1], g), fields[:, :1]
+        )
         x0 = styles.paint(fields, captions.paint_of(choice[labels]), g)
+        x0 = torch.where(like_samples[:, None, None, None], worn(x0, g), x0)
         highest = min(STEPS, 200 + int(0.8 * STEPS * self.seen / self.plan.easy))
         t = torch.randint(highest, (size,), generator=g)
         clear = torch.rand(size, generator=g) < self.plan.clear
@@ -206,6 +213,32 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.step, self.seconds = state["step"], state["seconds"]
+
+
+def thickened(ink: Tensor, generator: torch.Generator) -> Tensor:
+    """Strokes (B, 1, H, W) of about their own to three times their width."""
+    threshold = 0.25 + 0.35 * torch.rand(len(ink), 1, 1, 1, generator=generator)
+    return styles.widened(ink, threshold)
+
+
+def worn(x0: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] as a sampler might draw them: slanted, soft, tinted, of less contrast.
+
+    The CLIP chooses among samples, and two readings bend each other's lines; seen on flawless drawings alone, it
+    takes such flaws for another thing.
+    """
+    count = len(x0)
+    theta = torch.eye(2).repeat(count, 1, 1) + 0.15 * torch.randn(count, 2, 2, generator=generator).clamp(
+        -2, 2
+    )
+    theta = torch.cat([theta, torch.zeros(count, 2, 1)], 2)
+    grid = F.affine_grid(theta, list(x0.shape), align_corners=False)
+    x0 = F.grid_sample(x0, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    softness = torch.rand(count, 1, 1, 1, generator=generator)
+    x0 = torch.lerp(x0, drawings.convolved(x0, drawings.gaussian(0.8)), softness)
+    tint = 0.07 * torch.randn(count, x0.shape[1], 1, 1, generator=generator)
+    contrast = 1 - 0.2 * torch.rand(count, 1, 1, 1, generator=generator)
+    return (contrast * x0 + tint).clamp(-1, 1)
 
 
 def main() -> None:

@@ -96,6 +96,15 @@ def test_what_the_cascade_has_learnt_stands_against_the_readings(one_thread, tmp
     cosines = clip.embed_image(seen, 0) @ clip.embed_text([f"a sketch of {word}" for word in words]).T
     log_p = (cosines / 0.05).log_softmax(1)
     assert candidates[0].score == pytest.approx(min(log_p[0, 0], log_p[1, 1]).item(), abs=1e-4)
+    index.write_text(json.dumps({**about, "concepts": ["duck"], "clip_concepts": ["duck", "cat", "house"]}))
+    wider = Cascade.from_pretrained(folder, device="cpu")
+    assert wider.concepts == ("duck",)
+    assert wider.clip_concepts == model.clip_concepts == model.concepts
+    _, same = best_of(1, "a sketch of", PROMPTS, VIEWS, tmp_path / "out2", model=wider, recipe=QUICK)
+    assert same[0].score == candidates[0].score
+    index.write_text(json.dumps({**about, "clip_concepts": 7}))
+    with pytest.raises(ConfigError, match="clip_concepts=7"):
+        Cascade.from_pretrained(folder)
     index.write_text(json.dumps({**about, "concepts": "duck"}))
     with pytest.raises(ConfigError, match="concepts='duck'"):
         Cascade.from_pretrained(folder)

@@ -11,7 +11,7 @@ import torch
 from mtl_anagram.models.tokenizers import CLIPTokenizer
 from tests.unit.tiny import save_module
 from training import captions, checkpoints, drawings
-from training.train_noise_clip import Plan, Trainer
+from training.train_noise_clip import Plan, Trainer, thickened, worn
 
 CONCEPTS = drawings.CONCEPTS[:12]
 TINY = Plan(
@@ -73,3 +73,25 @@ def test_it_learns(data, tokenizer, one_thread) -> None:
     after = trainer.probe()
     assert set(after) == {str(t) for t in (0, 300, 600, 750, 850, 920, 957)}
     assert after["0"]["top1"] >= 0.25  # of 12
+
+
+def test_worn_pictures_are_still_the_drawing(data) -> None:
+    """Strokes only grow; slant, softness and tint leave a picture nearer to its own than to any other."""
+    g = torch.Generator().manual_seed(0)
+    ink = data["train"][:, None].float() / 255
+    wide = thickened(ink, g)
+    assert wide.shape == ink.shape
+    assert wide.min() >= 0
+    assert wide.max() <= 1
+    grown = (wide > 0.5).sum((1, 2, 3)) / (ink > 0.5).sum((1, 2, 3))
+    assert grown.min() > 0.9
+    assert grown.max() < 3
+    x0 = (1 - 2 * wide).expand(-1, 3, -1, -1).repeat(8, 1, 1, 1)
+    seen = worn(x0, g)
+    assert seen.shape == x0.shape
+    assert seen.abs().max() <= 1
+    assert (seen - x0).abs().mean((1, 2, 3)).min() > 0.01
+    profile = [x[..., 16:48].mean((1, 3)) for x in (seen, x0[: len(ink)])]  # rows, where the slant is small
+    near = torch.cdist(*(p - p.mean(1, keepdim=True) for p in profile)).argmin(1)
+    places = torch.arange(len(x0)) % len(ink)
+    assert ((near - places).abs() <= 1).float().mean() > 0.85
