@@ -35,6 +35,7 @@ for name, score in (("released", clip_score), ("late", late_score)):
         spans=[concept_span(cascade.tokenizer, prompt) for prompt in prompts],
         generators=[torch.Generator().manual_seed(9)],
         recipe=recipe,
+        schedule=cascade.schedule(1, recipe.num_inference_steps),
     ):
         loss = "" if step.loss is None else f"  overlap loss {step.loss.item():.3f}"
         shown = " ".join(f"{weight:.3f}" for weight in step.weights[0].tolist())

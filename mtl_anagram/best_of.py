@@ -53,7 +53,7 @@ def best_of(
     """The best of `count` anagrams, and all candidates, best first.
 
     Seeds seed, seed + 1, ... are sampled through stage I into SAVE_DIR/candidates, scored by the cascade's
-    noise-aware CLIP on the clean pictures (timestep 0) against everything else that the CLIP has learnt, and the
+    noise-aware CLIP (`embed_finished`) against everything else that it has learnt, and the
     best is sampled through all stages into SAVE_DIR. Arguments as `generate_anagram`'s; needs two readings or
     more. What is there already is not made again.
 
@@ -84,10 +84,11 @@ def best_of(
     candidates = []
     for anagram in made:
         picture = decode_png(anagram.pictures[side].read_bytes())[None]
-        scores = score_matrix(
-            at_64(picture).to(cascade.device), made_views, lambda x: clip.embed_image(x, 0), texts
+        small = at_64(picture).to(cascade.device)
+        scores = score_matrix(small, made_views, clip.embed_finished, texts).cpu()
+        own = score_matrix(
+            small, made_views, lambda x: clip.embed_image(x, 0), texts[: len(made_views)]
         ).cpu()
-        own = scores[..., : len(made_views)]
         values = (anagram_score(scores), alignment(own), concealment(own, TEMPERATURE))
         candidates.append(Candidate(anagram, *(value.item() for value in values)))
     candidates.sort(key=lambda candidate: -candidate.score)

@@ -141,7 +141,8 @@ def evaluate(
     """Sample and measure every cell of a protocol that is not in the folder yet; returns the report.
 
     Writes FOLDER/cells/*.json and *.png, one a cell, and FOLDER/report.json. judge: classifier that names
-    readings, None = no such columns. The cascade's noise-aware CLIP, at timestep 0, gives A and C.
+    readings, None = no such columns. The cascade's noise-aware CLIP, at timestep 0, gives A and C, and by
+    `embed_finished` the score that the best of N is chosen by.
 
     Raises InputError before any sampling for names that the judge does not know, views or sizes that cannot
     be, and a cascade without a CLIP.
@@ -213,8 +214,10 @@ def _cell(
     clip = parts.cascade.noise_clip
     others = other_prompts(protocol.style, names, parts.cascade.clip_concepts)
     texts = clip.embed_text([*prompts, *others])
-    every = score_matrix(small, views, lambda x: clip.embed_image(x.to(parts.cascade.device), 0), texts)
-    best, scores = anagram_score(every, protocol.temperature), every[..., : len(views)]
+    device = parts.cascade.device
+    scores = score_matrix(small, views, lambda x: clip.embed_image(x.to(device), 0), texts[: len(views)])
+    looks = score_matrix(small, views, lambda x: clip.embed_finished(x.to(device)), texts)
+    best = anagram_score(looks, protocol.temperature)
     samples: list[dict[str, Any]] = [
         {"seed": seed, "scores": [[round(v, 5) for v in row] for row in matrix], "score": round(score, 5)}
         for seed, matrix, score in zip(protocol.seeds, scores.tolist(), best.tolist(), strict=True)

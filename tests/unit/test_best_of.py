@@ -34,7 +34,7 @@ def test_the_highest_score_goes_through_all_stages(cascade, one_thread, tmp_path
     seen = torch.stack([other, other.rot90(2, (1, 2))])
     texts = clip.embed_text(["a sketch of a duck", "a sketch of a rabbit"])
     assert candidates[0].score == pytest.approx(
-        anagram_score((clip.embed_image(seen, 0) @ texts.T)[None]).item(), abs=1e-5
+        anagram_score((clip.embed_finished(seen) @ texts.T)[None]).item(), abs=1e-5
     )
     again, same = best_of(3, "a sketch of", PROMPTS, VIEWS, tmp_path, seed=5, model=cascade, recipe=QUICK)
     assert again.skipped
@@ -93,7 +93,7 @@ def test_what_the_cascade_has_learnt_stands_against_the_readings(one_thread, tmp
     picture = decode_png(candidates[0].anagram.pictures[64].read_bytes())
     seen = torch.stack([picture, picture.rot90(2, (1, 2))])
     words = ["a duck", "a rabbit", "a cat", "a house"]
-    cosines = clip.embed_image(seen, 0) @ clip.embed_text([f"a sketch of {word}" for word in words]).T
+    cosines = clip.embed_finished(seen) @ clip.embed_text([f"a sketch of {word}" for word in words]).T
     log_p = (cosines / 0.05).log_softmax(1)
     assert candidates[0].score == pytest.approx(min(log_p[0, 0], log_p[1, 1]).item(), abs=1e-4)
     index.write_text(json.dumps({**about, "concepts": ["duck"], "clip_concepts": ["duck", "cat", "house"]}))

@@ -107,6 +107,27 @@ def test_towers_equal_the_slow_ones(heads, expected):
         assert relative(clip.embed_text([text])[0], slow) <= 1e-5
 
 
+def test_finished_pictures_are_looked_at_more_than_once():
+    """A unit vector, of what is mostly the picture, the same alone as in a batch, nearly so when mirrored."""
+    clip = small_clip()
+    pictures = torch.rand(5, 3, 12, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    found = clip.embed_finished(pictures)
+    assert torch.allclose(found.norm(dim=-1), torch.ones(5), atol=1e-5)
+    assert relative(clip.embed_finished(pictures[2:3]), found[2:3]) <= 1e-5
+    assert torch.equal(clip.embed_finished(pictures), found)
+    clip.image_encoder.forward = lambda x, t: x.flatten(1)  # what it is shown, on the average
+    assert (clip.embed_finished(pictures) @ torch.nn.functional.normalize(pictures.flatten(1)).T).argmax(
+        1
+    ).tolist() == list(range(5))
+    del clip.image_encoder.forward
+
+    def moved(embed):  # by a mirror, next to how far two pictures lie apart
+        own = embed(pictures)
+        return ((embed(pictures.flip(-1)) - own).norm(dim=-1) / torch.pdist(own).mean()).mean()
+
+    assert moved(clip.embed_finished) < 0.8 * moved(lambda x: clip.embed_image(x, 0))
+
+
 def test_what_follows_the_end_token_does_not_count():
     encoder = small_clip().text_encoder
     ids = torch.tensor([[517, 3, 9, 518, 0, 0], [517, 3, 9, 518, 8, 7]])

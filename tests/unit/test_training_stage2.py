@@ -24,7 +24,8 @@ CONCEPTS = ("duck", "elephant")
 def trainer(one_thread) -> Trainer:
     ink = torch.zeros(4, 64, 64, dtype=torch.uint8)
     ink[:, 12:52, 30:34] = ink[:, 30:34, 12:52] = 255
-    data = {"train": ink, "train_shapes": ink, "train_labels": torch.arange(4) % 2}
+    data = {"": ink, "_shapes": ink, "_labels": torch.arange(4) % 2}
+    data = {f"{split}{kind}": value for split in ("train", "test") for kind, value in data.items()}
     texts, _, _ = captions.caption_table(CONCEPTS)
     states = torch.randn(len(texts), 77, 32, generator=torch.Generator().manual_seed(0))
     return Trainer(TINY, data, CONCEPTS, states)
@@ -135,3 +136,13 @@ def test_an_error_of_large_areas_counts_as_such() -> None:
 def test_noise_errors_weigh_more_where_they_spoil_the_picture() -> None:
     weight = Diffusion.cosine().weight_of_picture(torch.tensor([0, 500, 900, 999]))
     assert weight[0] < 1.001 < weight[1] < weight[2] < weight[3] == 20
+
+
+def test_the_sheet_sets_samples_between_twin_and_drawing(trainer: Trainer) -> None:
+    made = trainer.samples(count=2, steps=2)
+    assert made.shape == (6, 3, SIZE, SIZE)
+    assert made.abs().max() <= 1 + 1e-5
+    twin, sample, drawing = made.split(2)
+    assert (twin - drawing).abs().mean() < 0.1
+    assert (sample - twin).abs().mean() > 0.1  # untrained: noise
+    assert torch.equal(trainer.samples(count=2, steps=2), made)
