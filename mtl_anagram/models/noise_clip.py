@@ -69,7 +69,7 @@ class NoiseCLIP(nn.Module):
         step, t = max(1, size // 32), round(LOOKS_NOISE * count)
         alpha_bar = math.cos((t / count + 0.008) / 1.008 * math.pi / 2) ** 2  # GLIDE's, IF's schedule
         generator = torch.Generator().manual_seed(0)
-        total = 0
+        looks = []
         for look in range(LOOKS):
             right, down = ((0, 0), (step, 0), (-step, 0), (0, step), (0, -step), (0, 0))[look]
             around = F.pad(pictures, (step,) * 4, mode="replicate")
@@ -77,8 +77,8 @@ class NoiseCLIP(nn.Module):
             seen = seen.flip(-1) if look % 2 else seen
             noise = torch.randn(1, *seen.shape[1:], generator=generator).to(seen)
             noisy = math.sqrt(alpha_bar) * seen + math.sqrt(1 - alpha_bar) * noise
-            total = total + self.embed_image(noisy, t)
-        return F.normalize(total, dim=-1)
+            looks.append(self.embed_image(noisy, t))
+        return F.normalize(torch.stack(looks).mean(0), dim=-1)
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """R texts -> unit vectors (R, D) float32. What exceeds the context (77 tokens) is cut."""
