@@ -12,7 +12,6 @@ from torch import Tensor
 
 STEPS = 1000
 VLB_WEIGHT = 1e-3  # Nichol and Dhariwal 2021, equation 16
-COARSE = 0.1  # how much the noise's error in the average of many pixels counts beside the plain one
 
 
 @dataclass(frozen=True)
@@ -52,26 +51,22 @@ class Diffusion:
         a = column(self.alpha_bar, t)
         return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
-    def astray(
-        self, x0: Tensor, t: Tensor, generator: torch.Generator, *, cell: int = 16, field: int = 4
-    ) -> Tensor:
+    def astray(self, x0: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
         """A coarse part for the noise of pictures (B, C, H, W) at timesteps (B,), as sampling brings it about.
 
         Sampling begins with white noise, but x_t holds sqrt(a) x_0 even at the last timestep (Lin et al. 2023,
         Common diffusion noise schedules are flawed, section 3): averaged over many pixels that is far from white,
         and a network that trusts it draws grey for white. Here a random share of it is missing, and a random
-        field is added, so that the tone is learnt from elsewhere: from the low-resolution picture, or from the
-        words.
-
-        cell: the side in pixels of the squares in whose averages the picture is missing; field: the random
-        field's numbers to a side.
+        field is added, so that the tone is learnt from the low-resolution picture, which has it.
         """
-        size = x0.shape[-2:]
-        coarse = F.interpolate(F.avg_pool2d(x0, cell), size, mode="bilinear")
+        height, width = x0.shape[-2:]
+        coarse = F.interpolate(F.avg_pool2d(x0, 16), (height, width), mode="bilinear")
         share = torch.rand(len(x0), 1, 1, 1, generator=generator)
-        noise = torch.randn(len(x0), x0.shape[1], field, field, generator=generator)
+        field = F.interpolate(
+            torch.randn(len(x0), x0.shape[1], 4, 4, generator=generator), (height, width), mode="bilinear"
+        )
         a = column(self.alpha_bar, t)
-        return (a * (1 - a)).sqrt() * (0.3 * F.interpolate(noise, size, mode="bilinear") - share * coarse)
+        return (a * (1 - a)).sqrt() * (0.3 * field - share * coarse)
 
     def weight_of_picture(self, t: Tensor) -> Tensor:
         """How much a noise error at timesteps (B,) matters to the picture, (B,), from 1 to 20.
@@ -126,20 +121,6 @@ def log_likelihood_8_bit(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tenso
 
 def normal_cdf(z: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-
-
-def coarse_errors(error: Tensor) -> Tensor:
-    """The error (B, 3, H, W) of the noise averaged over 2 x 2, 4 x 4, ... 16 x 16 pixels; (B,), their mean.
-
-    Each average is scaled so that a white error counts as much as in the plain loss; one that is the same over
-    many pixels counts up to 256 times as much. Without it a short training leaves large areas clouded: their
-    tone is one number among 65,536 (the multiscale loss of Hoogeboom et al. 2023, simple diffusion, section 3.2).
-    """
-    sides = (2, 4, 8, 16)
-    return sum(
-        ((F.avg_pool2d(error, side) * side).square().flatten(1).mean(1) for side in sides),
-        start=error.new_zeros(()),
-    ) / len(sides)
 
 
 def timestep_weights() -> Tensor:

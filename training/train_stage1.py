@@ -17,7 +17,7 @@ from mtl_anagram.models.t5_config import T5Config
 from mtl_anagram.models.unet import UNet
 from mtl_anagram.models.unet_blocks import JointAttention, Resnet, TextContext
 from training import captions, drawings, growing, loop, styles
-from training.diffusion import COARSE, VLB_WEIGHT, Diffusion, coarse_errors, sample, timestep_weights
+from training.diffusion import VLB_WEIGHT, Diffusion, sample, timestep_weights
 from training.growing import heads_for, pooled, pooled_noise
 
 TEXT_DROPOUT = 0.1  # share of pictures trained on the empty prompt, for guidance
@@ -209,9 +209,7 @@ class Trainer:
         texts = self.places[concepts, choice]
         texts = torch.where(torch.rand(size, generator=g) < TEXT_DROPOUT, 0, texts)
         t = torch.multinomial(self.timesteps, size, replacement=True, generator=g)
-        noise = torch.randn(x0.shape, generator=g)
-        noise = noise + self.diffusion.astray(x0, t, g, cell=drawings.SIZE, field=1)
-        return x0, noise, t, texts
+        return x0, torch.randn(x0.shape, generator=g), t, texts
 
     def train_step(self) -> tuple[float, float, float]:
         """One update; returns the noise's error, the bound and the gradient's norm."""
@@ -230,12 +228,10 @@ class Trainer:
             )  # fmt: skip
         if depth:
             simple = (prediction.float() - pooled_noise(noise, depth)).square().flatten(1).mean(1)
-            error, bound = simple, torch.zeros_like(simple)
+            bound = torch.zeros_like(simple)
         else:
             simple, bound = self.diffusion.losses(prediction, x0, x_t, t, noise)
-            error = simple + COARSE * coarse_errors(prediction[:, :3].float() - noise)
-            error = error * self.diffusion.weight_of_picture(t)
-        loss = error.mean() + VLB_WEIGHT * bound.mean()
+        loss = simple.mean() + VLB_WEIGHT * bound.mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if torch.isfinite(norm):

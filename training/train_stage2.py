@@ -15,12 +15,13 @@ from mtl_anagram.models import load_t5
 from mtl_anagram.models.configs import UNetConfig
 from mtl_anagram.models.unet import UNet
 from training import captions, drawings, loop, styles
-from training.diffusion import COARSE, STEPS, VLB_WEIGHT, Diffusion, coarse_errors, sample
+from training.diffusion import STEPS, VLB_WEIGHT, Diffusion, sample
 from training.train_stage1 import TEXT_DROPOUT, average, start_near_identity
 
 SIZE = 256
 OUT_SCALE = 1.4142271248762552  # the released stage II's, 1/0.7071
 GIVEN = ("pictures", "cooldown", "whole", "crop", "batch", "seed", "lr", "typical")  # settings of the command
+COARSE = 0.1  # how much the noise's error in the average of many pixels counts beside the plain one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +245,20 @@ class Trainer:
 
         made = sample(predict, x0.shape, g, steps=steps, guidance=1.0)
         return torch.cat([large, made, x0])
+
+
+def coarse_errors(error: Tensor) -> Tensor:
+    """The error (B, 3, H, W) of the noise averaged over 2 x 2, 4 x 4, ... 16 x 16 pixels; (B,), their mean.
+
+    Each average is scaled so that a white error counts as much as in the plain loss; one that is the same over
+    many pixels counts up to 256 times as much. Without it a short training leaves large areas clouded: their
+    tone is one number among 65,536 (the multiscale loss of Hoogeboom et al. 2023, simple diffusion, section 3.2).
+    """
+    sides = (2, 4, 8, 16)
+    return sum(
+        ((F.avg_pool2d(error, side) * side).square().flatten(1).mean(1) for side in sides),
+        start=error.new_zeros(()),
+    ) / len(sides)
 
 
 @torch.no_grad()
