@@ -2,7 +2,11 @@
 
     python examples/sheet.py docs/sheet.png --folder evaluation
 
-The judge has no say in the choice; a dot after a name says that it reads that name too.
+samples what is missing with the cascade's own recipe. Of an evaluation that was made already:
+
+    python examples/sheet.py docs/sheet.png --folder evaluation --as-is --recipe plain
+
+The judge has no say in the choice; an asterisk after a name says that it reads that name too.
 """
 
 import argparse
@@ -25,6 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sheet", nargs="?", default="sheet.png", help="the PNG to write (default: sheet.png)")
     parser.add_argument("--folder", default="evaluation", help="where samples are kept, and found again")
+    parser.add_argument("--as-is", action="store_true", help="of the cells in the folder; sample none")
+    parser.add_argument("--recipe", default="own", help="of the cells, with --as-is (default: own)")
     parser.add_argument("--model", help="default: the embedded cascade")
     parser.add_argument("--concepts", nargs="+", help="default: all that the model has learnt")
     parser.add_argument("--pair-count", type=int, default=20)
@@ -46,13 +52,14 @@ def main() -> None:
         pairs=choose_pairs(concepts, args.pair_count), recipes={"own": recipe}, style=args.style,
         seeds=tuple(range(args.seeds)),
     )  # fmt: skip
-    evaluate(cascade, protocol, args.folder, judge=judge, progress=True)
+    if not args.as_is:
+        evaluate(cascade, protocol, args.folder, judge=judge, progress=True)
 
     found = []
-    for path in sorted((Path(args.folder) / "cells").glob("own-*.json")):
+    for path in sorted((Path(args.folder) / "cells").glob(f"{args.recipe if args.as_is else 'own'}-*.json")):
         cell = read_json(path)
         request = cell["request"]
-        if request["recipe"] != recipe.to_dict() or request["style"] != args.style:
+        if request["style"] != args.style or (not args.as_is and request["recipe"] != recipe.to_dict()):
             continue
         if tuple(request["names"]) not in protocol.pairs or request["view"] not in protocol.views:
             continue
@@ -74,12 +81,12 @@ def main() -> None:
             tile = Image.frombytes("RGB", pixels.shape[1::-1], bytes(pixels.flatten().tolist()))
             sheet.paste(tile.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left + v * SIDE, top))
             name = request["names"][v]
-            read = " •" if sample["named"][v] == name else ""
+            read = " *" if sample["named"][v] == name else ""
             draw.text((left + v * SIDE + 4, top + SIDE + 2), f"{name}{read}", fill="black")
         draw.rectangle((left, top, left + 2 * SIDE - 1, top + SIDE - 1), outline="gray")
         turn = request["view"].replace("rotate_", "")
         draw.text((left + 2 * SIDE - 30, top + SIDE + 2), turn, fill="gray")
-    sheet.save(args.sheet, optimize=True)
+    sheet.quantize(128).save(args.sheet, optimize=True)
     print(f"{args.sheet}  {min(args.count, len(found))} anagrams of {len(found)} pairs and views")
 
 
