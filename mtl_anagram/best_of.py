@@ -12,10 +12,10 @@ import torch
 from .cascade import Cascade
 from .checks import MAX_SEED, whole_number
 from .errors import InputError
-from .evaluation import at_64
+from .evaluation import by_clip
 from .generate import generate_anagram
 from .media import decode_png
-from .metrics import TEMPERATURE, alignment, anagram_score, concealment, score_matrix
+from .metrics import TEMPERATURE, alignment, concealment
 from .models.sources import Source
 from .output import Anagram
 from .prompts import other_prompts, parse_concept, styled
@@ -76,20 +76,15 @@ def best_of(
         style, prompts, views, Path(save_dir) / CANDIDATES, device, list(range(seed, seed + count)),
         stop_after=side, batch_size=batch_size, **common,
     )  # fmt: skip
-    clip = cascade.noise_clip
     clean = [parse_concept(prompt).prompt for prompt in prompts]
     wanted = [parse_concept(styled(style, prompt)).prompt for prompt in prompts]
     others = other_prompts(parse_concept(style).prompt, clean, cascade.clip_concepts)
-    texts = clip.embed_text([*wanted, *others])
+    texts = cascade.noise_clip.embed_text([*wanted, *others])
     candidates = []
     for anagram in made:
         picture = decode_png(anagram.pictures[side].read_bytes())[None]
-        small = at_64(picture).to(cascade.device)
-        scores = score_matrix(small, made_views, clip.embed_finished, texts).cpu()
-        own = score_matrix(
-            small, made_views, lambda x: clip.embed_image(x, 0), texts[: len(made_views)]
-        ).cpu()
-        values = (anagram_score(scores), alignment(own), concealment(own, TEMPERATURE))
+        scores, score = by_clip(cascade, picture, made_views, texts)
+        values = (score, alignment(scores), concealment(scores, TEMPERATURE))
         candidates.append(Candidate(anagram, *(value.item() for value in values)))
     candidates.sort(key=lambda candidate: -candidate.score)
     best = generate_anagram(

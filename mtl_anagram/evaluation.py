@@ -210,14 +210,9 @@ def _cell(
                protocol.noise_level)
         for i in range(0, len(protocol.seeds), batch_size)
     ])  # fmt: skip
-    small = at_64(pictures)
-    clip = parts.cascade.noise_clip
     others = other_prompts(protocol.style, names, parts.cascade.clip_concepts)
-    texts = clip.embed_text([*prompts, *others])
-    device = parts.cascade.device
-    scores = score_matrix(small, views, lambda x: clip.embed_image(x.to(device), 0), texts[: len(views)])
-    looks = score_matrix(small, views, lambda x: clip.embed_finished(x.to(device)), texts)
-    best = anagram_score(looks, protocol.temperature)
+    texts = parts.cascade.noise_clip.embed_text([*prompts, *others])
+    scores, best = by_clip(parts.cascade, pictures, views, texts, protocol.temperature)
     samples: list[dict[str, Any]] = [
         {"seed": seed, "scores": [[round(v, 5) for v in row] for row in matrix], "score": round(score, 5)}
         for seed, matrix, score in zip(protocol.seeds, scores.tolist(), best.tolist(), strict=True)
@@ -267,6 +262,25 @@ def sample(
         ):  # fmt: skip
             x = state.x
     return x.cpu()
+
+
+def by_clip(
+    cascade: Cascade,
+    pictures: Tensor,
+    views: list[View],
+    texts: Tensor,
+    temperature: float = TEMPERATURE,
+) -> tuple[Tensor, Tensor]:
+    """What the cascade's CLIP makes of finished pictures (B, 3, S, S).
+
+    texts (V + K, D): embeddings of the views' prompts, and of K others that a picture might show. Returns S_ij
+    (B, V, V) at timestep 0, of which A and C are made, and `anagram_score` (B,) by several looks against all
+    texts: what the best of N is chosen by. Both on the CPU.
+    """
+    clip, small = cascade.noise_clip, at_64(pictures).to(cascade.device)
+    scores = score_matrix(small, views, lambda x: clip.embed_image(x, 0), texts[: len(views)])
+    looks = score_matrix(small, views, clip.embed_finished, texts)
+    return scores.cpu(), anagram_score(looks, temperature).cpu()
 
 
 def at_64(pictures: Tensor) -> Tensor:
