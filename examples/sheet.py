@@ -4,7 +4,7 @@
 
 samples what is missing with the cascade's own recipe. Of an evaluation that was made already:
 
-    python examples/sheet.py docs/sheet.png --folder evaluation --as-is --recipe plain
+    python examples/sheet.py docs/sheet.png --folder evaluation --as-is plain
 
 The judge has no say in the choice; an asterisk after a name says that it reads that name too.
 """
@@ -29,8 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sheet", nargs="?", default="sheet.png", help="the PNG to write (default: sheet.png)")
     parser.add_argument("--folder", default="evaluation", help="where samples are kept, and found again")
-    parser.add_argument("--as-is", action="store_true", help="of the cells in the folder; sample none")
-    parser.add_argument("--recipe", default="own", help="of the cells, with --as-is (default: own)")
+    parser.add_argument("--as-is", metavar="RECIPE", help="of its cells in the folder; sample none")
     parser.add_argument("--model", help="default: the embedded cascade")
     parser.add_argument("--concepts", nargs="+", help="default: all that the model has learnt")
     parser.add_argument("--pair-count", type=int, default=20)
@@ -52,14 +51,14 @@ def main() -> None:
         pairs=choose_pairs(concepts, args.pair_count), recipes={"own": recipe}, style=args.style,
         seeds=tuple(range(args.seeds)),
     )  # fmt: skip
-    if not args.as_is:
+    if args.as_is is None:
         evaluate(cascade, protocol, args.folder, judge=judge, progress=True)
 
     found = []
-    for path in sorted((Path(args.folder) / "cells").glob(f"{args.recipe if args.as_is else 'own'}-*.json")):
+    for path in sorted((Path(args.folder) / "cells").glob(f"{args.as_is or 'own'}-*.json")):
         cell = read_json(path)
         request = cell["request"]
-        if request["style"] != args.style or (not args.as_is and request["recipe"] != recipe.to_dict()):
+        if request["style"] != args.style or (args.as_is is None and request["recipe"] != recipe.to_dict()):
             continue
         if tuple(request["names"]) not in protocol.pairs or request["view"] not in protocol.views:
             continue

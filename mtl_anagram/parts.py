@@ -57,7 +57,7 @@ def find_parts(source: Source, variant: str | None, **named: Source | None) -> P
         default = DEFAULT_VARIANT if release_of(value) is not None else default
         chosen = default if variant is None else variant
         variants[part] = chosen if chosen != FULL and has_variant(sources[part], part) else None
-    return Parts(sources, variants, about.name, about.recipe, about.concepts, about.clip_concepts)
+    return Parts(sources, variants, *about)
 
 
 def _folder(files: Folder, source: Source, parts: tuple[str, ...]) -> dict[str, Any]:

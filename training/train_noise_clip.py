@@ -144,12 +144,10 @@ class Trainer:
             choice[:] = choice[0]
         rows, labels = drawings.draw_rows(self.rows, size, g)
         fields = drawings.augment(self.data["train"][rows], self.data["train_shapes"][rows], g)
-        like_samples = torch.rand(size, generator=g) < self.plan.worn
-        fields[:, :1] = torch.where(
-            like_samples[:, None, None, None], thickened(fields[:, :1], g), fields[:, :1]
-        )
+        like_samples = torch.rand(size, 1, 1, 1, generator=g) < self.plan.worn
+        fields[:, :1] = torch.where(like_samples, thickened(fields[:, :1], g), fields[:, :1])
         x0 = styles.paint(fields, captions.paint_of(choice[labels]), g)
-        x0 = torch.where(like_samples[:, None, None, None], worn(x0, g), x0)
+        x0 = torch.where(like_samples, worn(x0, g), x0)
         highest = min(STEPS, 200 + int(0.8 * STEPS * self.seen / self.plan.easy))
         t = torch.randint(highest, (size,), generator=g)
         clear = torch.rand(size, generator=g) < self.plan.clear

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from .tokenizers import CLIPTokenizer
 
 HEAD_SIZE = 64
-LOOKS, LOOKS_NOISE = 6, 0.15  # of embed_finished: how many, and their timestep as a share of all
+# Of embed_finished: where each look is shifted to, in 32nds of the side, and the looks' timestep as a share of all.
+LOOKS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1), (0, 0))
+LOOKS_NOISE = 0.15
 # Mean and standard deviation of CLIP's training pictures, red, green, blue, in 0..255.
 PIXEL_MEAN = (122.77093945, 116.74601272, 104.09373519)
 PIXEL_STD = (68.50053285, 66.63215831, 70.32316309)
@@ -60,7 +62,7 @@ class NoiseCLIP(nn.Module):
     def embed_finished(self, pictures: Tensor) -> Tensor:
         """Finished pictures (R, 3, S, S) in [-1, 1] -> unit vectors (R, D) float32, for choosing among them.
 
-        The mean of LOOKS embeddings: the picture as it is and shifted by a 32nd of its side to each side, every
+        The mean of the LOOKS' embeddings: the picture as it is and shifted by a 32nd of its side to each side, every
         second look mirrored, under a little noise. Samples are not quite what the CLIP has learnt from; what one
         look takes for another thing, all of them seldom do. The noise is the same for every picture and every
         call. For measures that others define on the picture itself take embed_image(pictures, 0).
@@ -69,11 +71,11 @@ class NoiseCLIP(nn.Module):
         step, t = max(1, size // 32), round(LOOKS_NOISE * count)
         alpha_bar = math.cos((t / count + 0.008) / 1.008 * math.pi / 2) ** 2  # GLIDE's, IF's schedule
         generator = torch.Generator().manual_seed(0)
+        around = F.pad(pictures, (step,) * 4, mode="replicate")
         looks = []
-        for look in range(LOOKS):
-            right, down = ((0, 0), (step, 0), (-step, 0), (0, step), (0, -step), (0, 0))[look]
-            around = F.pad(pictures, (step,) * 4, mode="replicate")
-            seen = around[..., step - down : step - down + size, step - right : step - right + size]
+        for look, (right, down) in enumerate(LOOKS):
+            top, left = step * (1 - down), step * (1 - right)
+            seen = around[..., top : top + size, left : left + size]
             seen = seen.flip(-1) if look % 2 else seen
             noise = torch.randn(1, *seen.shape[1:], generator=generator).to(seen)
             noisy = math.sqrt(alpha_bar) * seen + math.sqrt(1 - alpha_bar) * noise
