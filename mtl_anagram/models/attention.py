@@ -31,16 +31,17 @@ def attention_with_columns(
 ) -> tuple[Tensor, Tensor]:
     """The same attention with some columns of its softmax made explicit, differentiable.
 
-    The softmax runs over all S keys in float32; of its (B, N, Q, S) probabilities, row b's keys
-    `columns[b]` (B, T) are returned as (B, N, Q, T) float32, times `keep` (B, T), which is 0 where a row
-    asks for fewer than T columns. Returns (output (B, N, Q, d), columns).
+    Of the softmax's probabilities over all S keys, row b's keys `columns[b]` (B, T) are returned as (B, N, Q, T)
+    float32, times `keep` (B, T), which is 0 where a row asks for fewer than T columns. As in a fused kernel the
+    softmax is taken in float32 and its result is in q's dtype. Returns (output (B, N, Q, d), columns).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = (q @ k.transpose(-1, -2)).float() * scale  # (B, N, Q, S)
-    probabilities = logits.softmax(dim=-1)
-    index = columns[:, None, None, :].expand(*probabilities.shape[:3], columns.shape[1])
-    chosen = probabilities.gather(-1, index) * keep[:, None, None, :]  # (B, N, Q, T)
-    return probabilities.to(v.dtype) @ v, chosen
+    probabilities = ((q * scale) @ k.transpose(-1, -2)).softmax(dim=-1)  # (B, N, Q, S)
+    # A column is what attention makes of values that are 1 at its key: one product gives both, and one gradient.
+    picked = (F.one_hot(columns, k.shape[2]) * keep[..., None]).transpose(1, 2)  # (B, S, T)
+    picked = picked.to(v.dtype)[:, None].expand(-1, v.shape[1], -1, -1)
+    both = probabilities @ torch.cat([v, picked], dim=-1)  # (B, N, Q, d + T)
+    return both[..., : v.shape[-1]], both[..., v.shape[-1] :].float()
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:
