@@ -72,7 +72,7 @@ def main() -> None:
     draw = ImageDraw.Draw(sheet)
     for i, (_, path, cell, best) in enumerate(found[: args.count]):
         request, sample = cell["request"], cell["samples"][best]
-        strip = decode_png(path.with_suffix(".png").read_bytes())
+        strip = decode_png((path.parent / cell["picture"]).read_bytes())
         picture = strip[:, :, best * strip.shape[1] : (best + 1) * strip.shape[1]]
         left, top = GAP + i % args.columns * wide, GAP + i // args.columns * high
         for v, view in enumerate(get_views(["identity", request["view"]])):

@@ -1,8 +1,9 @@
 """evaluate(): a protocol of pairs, views, seeds and recipes, sampled, measured and kept, cell by cell.
 
 A cell is one recipe under one view with one pair of prompts and all seeds. It is sampled in batches and written
-as one JSON file and one PNG, whole or not at all; a later call with the same protocol goes on with the cells
-that are not there. `report` turns the cells into one table.
+as one PNG, measured and written as one JSON file, each whole or not at all. A later call with the same protocol
+goes on with what is not there: with another CLIP or judge it measures the pictures anew that do not depend on
+them. `report` turns the cells into one table.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .checks import whole_number
 from .checksums import combined_checksum
 from .errors import InputError
 from .job import check_seeds, check_sizes
-from .media import encode_png
+from .media import decode_png, encode_png
 from .metrics import TEMPERATURE, anagram_score, score_matrix
 from .models.judge import Judge
 from .models.sources import read_json
@@ -140,9 +141,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sample and measure every cell of a protocol that is not in the folder yet; returns the report.
 
-    Writes FOLDER/cells/*.json and *.png, one a cell, and FOLDER/report.json. judge: classifier that names
-    readings, None = no such columns. The cascade's noise-aware CLIP, at timestep 0, gives A and C, and by
-    `embed_finished` the score that the best of N is chosen by.
+    Writes FOLDER/cells/*.json and *.png, one a cell, and FOLDER/report.json. A JSON file names its picture, in
+    which the seeds stand side by side; what is measured is the picture as it is in the file, in 8 bits. judge:
+    classifier that names readings, None = no such columns. The cascade's noise-aware CLIP, at timestep 0, gives
+    A and C, and by `embed_finished` the score that the best of N is chosen by.
 
     Raises InputError before any sampling for names that the judge does not know, views or sizes that cannot
     be, and a cascade without a CLIP.
@@ -160,31 +162,40 @@ def evaluate(
         views = get_views(["identity", *protocol.views])
         sizes[name] = check_sizes(cascade, views, None, protocol.size, recipe)
     parts = _Parts(cascade, judge)
-    # Pictures that end with stage I do not depend on stage II, nor do their cells.
-    last = max(len(stages) for stages in sizes.values())
-    checksums = {
-        name: value for name, value in cascade.checksums().items() if last > 1 or name[:7] != "stage_2"
+    checksums = cascade.checksums()
+    measured_by = {
+        "clip_sha256": combined_checksum(_those_of(checksums, "noise_clip")),
+        "clip_concepts": list(cascade.clip_concepts),
+        "temperature": protocol.temperature,
+        "judge_sha256": _state_sum(judge),
     }
-    weights = combined_checksum(checksums)
-    judge_sum = _state_sum(judge)
     cells = protocol.cells()
     from tqdm import tqdm
 
     results = []
     for recipe_name, view, names in tqdm(cells, unit="cell", disable=not progress, dynamic_ncols=True):
         recipe = protocol.recipes[recipe_name]
+        # Pictures that end with stage I do not depend on stage II, those without balancing not on the CLIP.
+        used = ["stage_1", *["stage_2"] * (len(sizes[recipe_name]) > 1)]
+        used += ["noise_clip"] * (recipe.balancing and len(names) > 1)
         request = {
             "recipe": recipe.to_dict(), "view": view, "names": list(names), "style": protocol.style,
             "seeds": list(protocol.seeds), "size": protocol.size, "noise_level": protocol.noise_level,
-            "weights_sha256": weights, "judge_sha256": judge_sum,
+            "weights_sha256": combined_checksum(_those_of(checksums, *used)),
         }  # fmt: skip
-        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:12]
-        stem = "-".join([recipe_name, view, *names, digest]).replace(" ", "_").replace("/", "_")
-        path = out / "cells" / f"{stem}.json"
+        words = [recipe_name, view, *names]
+        picture = out / "cells" / f"{_stem(words, request)}.png"
+        path = out / "cells" / f"{_stem(words, request | measured_by)}.json"
         if not path.is_file():
-            samples, pictures = _cell(parts, protocol, recipe, view, names, sizes[recipe_name], batch_size)
-            write_atomically(path.with_suffix(".png"), encode_png(_strip(pictures)))
-            content = {"recipe_name": recipe_name, "request": request, "samples": samples}
+            if not picture.is_file():
+                made = _sampled(parts, protocol, recipe, view, names, sizes[recipe_name], batch_size)
+                write_atomically(picture, encode_png(torch.cat(list(made), dim=-1)))
+            pictures = torch.stack(decode_png(picture.read_bytes()).chunk(len(protocol.seeds), dim=-1))
+            samples = _measured(parts, protocol, view, names, pictures)
+            content = {
+                "recipe_name": recipe_name, "picture": picture.name, "request": request | measured_by,
+                "samples": samples,
+            }  # fmt: skip
             write_atomically(path, (json.dumps(content) + "\n").encode())
         results.append(read_json(path))
     summary = report(results, protocol.temperature)
@@ -192,8 +203,21 @@ def evaluate(
     return summary
 
 
-@torch.no_grad()
-def _cell(
+def _those_of(checksums: Mapping[str, str], *parts: str) -> dict[str, str]:
+    return {name: value for name, value in checksums.items() if name.split("/")[0] in parts}
+
+
+def _stem(words: Sequence[str], request: Mapping[str, Any]) -> str:
+    """A file's name: what it is of, for people, and a digest of all that it depends on."""
+    digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:12]
+    return "-".join([*words, digest]).replace(" ", "_").replace("/", "_")
+
+
+def _prompts(protocol: Protocol, names: Sequence[str]) -> list[str]:
+    return [styled(protocol.style, with_article(name)) for name in names]
+
+
+def _sampled(
     parts: _Parts,
     protocol: Protocol,
     recipe: Recipe,
@@ -201,17 +225,25 @@ def _cell(
     names: tuple[str, ...],
     sizes: list[int],
     batch_size: int,
-) -> tuple[list[dict[str, Any]], Tensor]:
-    """Each seed's measurements, and the pictures (N, 3, S, S)."""
+) -> Tensor:
+    """A cell's pictures (N, 3, S, S), one a seed."""
     views = get_views(["identity", view][: len(names)])
-    prompts = [styled(protocol.style, with_article(name)) for name in names]
-    pictures = torch.cat([
+    prompts = _prompts(protocol, names)
+    return torch.cat([
         sample(parts, prompts, names, views, recipe, list(protocol.seeds[i : i + batch_size]), sizes,
                protocol.noise_level)
         for i in range(0, len(protocol.seeds), batch_size)
     ])  # fmt: skip
+
+
+@torch.no_grad()
+def _measured(
+    parts: _Parts, protocol: Protocol, view: str, names: tuple[str, ...], pictures: Tensor
+) -> list[dict[str, Any]]:
+    """What the CLIP and the judge make of a cell's pictures (N, 3, S, S), by seed."""
+    views = get_views(["identity", view][: len(names)])
     others = other_prompts(protocol.style, names, parts.cascade.clip_concepts)
-    texts = parts.cascade.noise_clip.embed_text([*prompts, *others])
+    texts = parts.cascade.noise_clip.embed_text([*_prompts(protocol, names), *others])
     scores, best = by_clip(parts.cascade, pictures, views, texts, protocol.temperature)
     samples: list[dict[str, Any]] = [
         {"seed": seed, "scores": [[round(v, 5) for v in row] for row in matrix], "score": round(score, 5)}
@@ -224,7 +256,7 @@ def _cell(
         for entry, row in zip(samples, found, strict=True):
             entry["named"] = [parts.judge.names[k] for k in row.argmax(1).tolist()]
             entry["probability"] = [round(row[i, k].item(), 5) for i, k in enumerate(places.tolist())]
-    return samples, pictures
+    return samples
 
 
 def sample(
@@ -290,10 +322,6 @@ def at_64(pictures: Tensor) -> Tensor:
     return F.interpolate(
         pictures, (SCORED_AT, SCORED_AT), mode="bilinear", antialias=True, align_corners=False
     )
-
-
-def _strip(pictures: Tensor) -> Tensor:
-    return torch.cat(list(pictures), dim=-1)
 
 
 def _state_sum(judge: Judge | None) -> str | None:

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from mtl_anagram import Cascade, Protocol, Recipe, evaluate, generate_anagram
+from mtl_anagram import Cascade, Protocol, Recipe, evaluate, evaluation, generate_anagram
 from mtl_anagram.cli import main
 from mtl_anagram.errors import InputError
 from mtl_anagram.evaluation import ABLATION, choose_pairs
@@ -64,6 +64,44 @@ def test_cells_of_64_px_outlive_another_stage_2(judge, one_thread, tmp_path) -> 
     assert (cells(), cells(256)) == (4, 6)
 
 
+def test_another_judge_or_clip_measures_anew_and_samples_what_it_must(
+    judge, one_thread, tmp_path, monkeypatch
+) -> None:
+    folder = write_cascade(tmp_path / "cascade")
+    protocol = dataclasses.replace(PROTOCOL, pairs=(("duck", "cat"),), views=("flip",))
+    cells = tmp_path / "out/cells"
+
+    def go(judge: Judge, **changes: float) -> tuple[dict[str, int], int]:
+        """How often each recipe was sampled in this call, and how many measurements there are after it."""
+        sampled = {"plain": 0, "balancing": 0}
+        real = evaluation._sampled
+
+        def counted(parts, protocol, recipe, *rest):
+            sampled["balancing" if recipe.balancing else "plain"] += 1
+            return real(parts, protocol, recipe, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "_sampled", counted)
+            model = Cascade.from_pretrained(folder, device="cpu")
+            evaluate(model, dataclasses.replace(protocol, **changes), tmp_path / "out", judge=judge)
+        return sampled, len(list(cells.glob("*.json")))
+
+    assert go(judge) == ({"plain": 1, "balancing": 1}, 2)
+    first = {p.name: json.loads(p.read_text()) for p in cells.glob("*.json")}
+    assert go(judge, temperature=0.1) == ({"plain": 0, "balancing": 0}, 4)
+    torch.manual_seed(1)
+    other = Judge(judge.names, widths=(8, 8, 8, 8)).eval()
+    assert go(other) == ({"plain": 0, "balancing": 0}, 6)
+    merges = folder / "noise_clip/merges.txt"
+    merges.write_bytes(merges.read_bytes() + b"\n")  # another file, the same CLIP
+    assert go(judge) == ({"plain": 0, "balancing": 1}, 8)  # balancing alone is steered by the CLIP
+    for name in first:  # measured from the file, a picture gives the same figures again
+        (cells / name).unlink()
+    merges.write_bytes(merges.read_bytes()[:-1])
+    assert go(judge) == ({"plain": 0, "balancing": 0}, 8)
+    assert {name: json.loads((cells / name).read_text()) for name in first} == first
+
+
 def test_a_cell_is_what_generate_makes(cascade, judge, one_thread, tmp_path) -> None:
     evaluate(cascade, PROTOCOL, tmp_path / "evaluation", judge=judge)
     made = generate_anagram(
@@ -74,7 +112,9 @@ def test_a_cell_is_what_generate_makes(cascade, judge, one_thread, tmp_path) -> 
     picture = decode_png(made[0].pictures[64].read_bytes())
     other = decode_png(strip.read_bytes())[:, :, 64:]  # the second seed
     assert (picture - other).abs().max() < 2.1 * 2 / 255
-    cell = json.loads(strip.with_suffix(".json").read_text())
+    (file,) = (tmp_path / "evaluation/cells").glob("balancing-flip-duck-rabbit-*.json")
+    cell = json.loads(file.read_text())
+    assert cell["picture"] == strip.name
     seen = torch.stack([picture, picture.flip(1)])
     with torch.no_grad():
         names = [judge.names[k] for k in judge(seen).argmax(1).tolist()]
