@@ -2,8 +2,9 @@
 
 The judge (`python -m training.train_judge`) is trained on a split that the cascade never sees. The curator
 (`--curate`) is two classifiers, each trained on one half of the cascade's own drawings and asked about the
-other half: the probability that it gives a drawing's own name says how typical the drawing is. The two never
-see each other's drawings or answers.
+other half: the probability that it gives a drawing's own name says how typical the drawing is. The teacher
+(`--teacher`) is trained on all of the cascade's own drawings; the CLIP learns from its answers. The judge and the
+others never see each other's drawings or answers.
 """
 
 from __future__ import annotations
@@ -106,8 +107,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of the drawings (see training/README.md)")
     parser.add_argument("--cache", default="runs/data", help="folder of the packed drawings")
-    parser.add_argument("--out", default="weights/judge", help="the judge's folder")
+    parser.add_argument("--out", help="its folder (default: weights/judge, the teacher's: runs/teacher)")
     parser.add_argument("--pictures", type=int, default=Plan.pictures)
+    parser.add_argument(
+        "--teacher", action="store_true", help="train on the cascade's split, not the judge's"
+    )
     parser.add_argument("--curate", action="store_true", help="write CACHE/typical.pt instead of a judge")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -122,8 +126,10 @@ def main() -> None:
             print(f"{name}: {len(own)} drawings, median {own.median():.2f}, above 0.8 {(own > 0.8).sum()}")
         torch.save(typical, Path(args.cache) / "typical.pt")
         return
-    plan = Plan(pictures=args.pictures)
-    judge = train(plan, data["judge"], data["judge_shapes"], data["judge_labels"], names)
+    plan, split = Plan(pictures=args.pictures), "judge"
+    if args.teacher:  # another start than the judge's, besides other drawings
+        plan, split = dataclasses.replace(plan, seed=plan.seed + 5), "train"
+    judge = train(plan, data[split], data[f"{split}_shapes"], data[f"{split}_labels"], names)
     labels, accuracy = data["test_labels"], {}
     for place, style in enumerate(styles.PAINTS):
         found = answers(judge, data["test"], data["test_shapes"], place).argmax(1) == labels
@@ -135,10 +141,10 @@ def main() -> None:
     print(json.dumps(facts, indent=2))
     from safetensors.torch import save
 
-    out = Path(args.out)
+    out = Path(args.out or ("runs/teacher" if args.teacher else "weights/judge"))
     state = {name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}
     write_atomically(out / "judge.safetensors", save(state))
-    about = {"names": list(names), "plan": dataclasses.asdict(plan), **facts}
+    about = {"names": list(names), "plan": dataclasses.asdict(plan), "split": split, **facts}
     write_atomically(out / "judge.json", (json.dumps(about, indent=2) + "\n").encode())
 
 

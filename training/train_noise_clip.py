@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mtl_anagram.models import Judge, load_judge
 from mtl_anagram.models.attention import sinusoids
 from mtl_anagram.models.noise_clip import ImageEncoder, TextEncoder
 from mtl_anagram.models.tokenizers import CLIPTokenizer
 from training import captions, drawings, loop, styles
 from training.diffusion import STEPS, Diffusion
 
-GIVEN = ("pictures", "batch", "cooldown", "seed", "lr", "typical", "clear", "worn")  # settings of the command
+# Settings of the command.
+GIVEN = ("pictures", "batch", "cooldown", "seed", "lr", "typical", "clear", "worn", "taught", "overlaid")
 CLEAR = 150  # timesteps with hardly any noise
 PROBES = (0, 300, 600, 750, 850, 920, 957)  # timesteps at which held-out drawings are scored
 
@@ -33,6 +35,9 @@ class Plan:
     scores pictures.
     `clear`: the share of pictures with hardly any noise, t < 150: the CLIP chooses among finished pictures, too.
     `worn`: the share that looks as if it had been sampled (`worn`).
+    `taught`: how much of the answer that is wanted comes from a classifier of clean pictures, the teacher; 0 =
+    there is none. `overlaid`: the share of pictures with a second drawing over them, as an anagram has; what
+    they show the teacher says alone. Both in batches of one style.
     `easy`: pictures over which the highest timestep rises from 200 to the last.
     """
 
@@ -49,6 +54,8 @@ class Plan:
     half_range: float = 0.125
     clear: float = 0.25
     worn: float = 0.5
+    taught: float = 0.0
+    overlaid: float = 0.5
     easy: int = 24_000
     one_style: float = 0.75
     typical: float = 0.6
@@ -105,8 +112,15 @@ class Trainer:
         tokenizer: CLIPTokenizer,
         concepts: tuple[str, ...] = drawings.CONCEPTS,
         typical: Tensor | None = None,
+        teacher: Judge | None = None,
     ) -> None:
+        if plan.taught and teacher is None:
+            raise SystemExit(
+                f"taught={plan.taught}, but there is no teacher: give --teacher, a folder of train_judge --teacher"
+            )
         torch.manual_seed(plan.seed)
+        self.teacher = teacher if plan.taught else None
+        self.known = None if teacher is None else teacher.index(list(concepts))
         self.plan, self.data, self.concepts = plan, data, concepts
         self.towers = Towers(plan, tokenizer.vocab_size)
         self.optimizer = torch.optim.AdamW(
@@ -140,7 +154,8 @@ class Trainer:
             group["lr"] = self.plan.rate(self.seen)
         g, size = self.generator, self.plan.batch
         choice = torch.multinomial(self.weights, 1, generator=g)[:, 0]
-        if torch.rand((), generator=g) < self.plan.one_style:
+        one_style = bool(torch.rand((), generator=g) < self.plan.one_style)
+        if one_style:
             choice[:] = choice[0]
         rows, labels = drawings.draw_rows(self.rows, size, g)
         fields = drawings.augment(self.data["train"][rows], self.data["train_shapes"][rows], g)
@@ -148,6 +163,9 @@ class Trainer:
         fields[:, :1] = torch.where(like_samples, thickened(fields[:, :1], g), fields[:, :1])
         x0 = styles.paint(fields, captions.paint_of(choice[labels]), g)
         x0 = torch.where(like_samples, worn(x0, g), x0)
+        wanted = F.one_hot(labels, len(choice)).float()  # (B, C)
+        if self.teacher is not None and one_style:
+            x0, wanted = self.taught(x0, wanted)
         highest = min(STEPS, 200 + int(0.8 * STEPS * self.seen / self.plan.easy))
         t = torch.randint(highest, (size,), generator=g)
         clear = torch.rand(size, generator=g) < self.plan.clear
@@ -158,7 +176,7 @@ class Trainer:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.plan.bf16):
             texts, pictures = self.texts(choice), self.towers.image(x_t, t)
         cosines = pictures @ texts.T  # (B, C)
-        loss = F.cross_entropy(self.plan.scale * cosines, labels)
+        loss = F.cross_entropy(self.plan.scale * cosines, wanted)
         loss = loss + self.plan.floor_weight * F.relu(self.plan.floor - cosines).square().mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.towers.parameters(), 1.0)
@@ -167,6 +185,17 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return loss.item(), (cosines.argmax(1) == labels).float().mean().item()
+
+    @torch.no_grad()
+    def taught(self, x0: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Some of the pictures (B, 3, H, W) overlaid, and (B, C) how likely each name is, with the teacher's help."""
+        g = self.generator
+        two = torch.rand(len(x0), 1, 1, 1, generator=g) < self.plan.overlaid
+        x0 = torch.where(two, overlaid(x0, g), x0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.plan.bf16):
+            found = self.teacher(x0)  # type: ignore[misc]
+        found = found.float()[:, self.known].softmax(1)
+        return x0, torch.lerp(wanted, found, torch.where(two[..., 0, 0], 1.0, self.plan.taught))
 
     @torch.no_grad()
     def probe(self, count: int = 600) -> dict[str, Any]:
@@ -239,15 +268,37 @@ def worn(x0: Tensor, generator: torch.Generator) -> Tensor:
     return (contrast * x0 + tint).clamp(-1, 1)
 
 
+def overlaid(x0: Tensor, generator: torch.Generator) -> Tensor:
+    """Each picture (B, 3, H, W) with another one of the batch over it, turned, and fainter or stronger.
+
+    At every pixel stays what is further from its own paper (the mean of the picture's border), as in an anagram
+    both readings' lines stay. A classifier knows clean drawings; a student that is asked about mixtures, too,
+    learns the function and not the answers (Beyer et al. 2022, arXiv 2106.05237).
+    """
+    count = len(x0)
+    turn = int(torch.randint(4, (), generator=generator))
+    other = x0.roll(1, 0).rot90(turn, (2, 3))
+    papers = [
+        torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], 2).mean(2)[..., None, None]
+        for x in (x0, other)
+    ]
+    strength = 0.2 + torch.rand(count, 2, 1, 1, generator=generator).clamp(max=0.8)
+    one, two = strength[:, :1] * (x0 - papers[0]), strength[:, 1:] * (other - papers[1])
+    further = two.square().sum(1, keepdim=True) > one.square().sum(1, keepdim=True)
+    return (papers[0] + torch.where(further, two, one)).clamp(-1, 1)
+
+
 def main() -> None:
     parser = loop.options(__doc__, Plan(), GIVEN, "runs/noise_clip")
     parser.add_argument("--merges", default="weights/noise_clip/merges.txt")
+    parser.add_argument("--teacher", help="folder that train_judge --teacher wrote; with --taught")
     args = parser.parse_args()
+    teacher = None if args.teacher is None else load_judge(args.teacher, subfolder=None)
 
     def make(
         plan: Plan, data: dict[str, Tensor], concepts: tuple[str, ...], typical: Tensor | None
     ) -> Trainer:
-        return Trainer(plan, data, CLIPTokenizer(args.merges), concepts, typical)
+        return Trainer(plan, data, CLIPTokenizer(args.merges), concepts, typical, teacher)
 
     trainer = loop.begin(args, Plan(), GIVEN, make)
     loop.go(trainer, args, lambda run: {"held_out": trainer.probe()})

@@ -11,7 +11,7 @@ import torch
 from mtl_anagram.models.tokenizers import CLIPTokenizer
 from tests.unit.tiny import save_module
 from training import captions, checkpoints, drawings
-from training.train_noise_clip import Plan, Trainer, thickened, worn
+from training.train_noise_clip import Plan, Trainer, overlaid, thickened, worn
 
 CONCEPTS = drawings.CONCEPTS[:12]
 TINY = Plan(
@@ -95,3 +95,54 @@ def test_worn_pictures_are_still_the_drawing(data) -> None:
     near = torch.cdist(*(p - p.mean(1, keepdim=True) for p in profile)).argmin(1)
     places = torch.arange(len(x0)) % len(ink)
     assert ((near - places).abs() <= 1).float().mean() > 0.85
+
+
+class Reader(torch.nn.Module):
+    """A teacher that is sure that everything is the second name it knows."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return 20.0 * torch.nn.functional.one_hot(
+            torch.ones(len(pictures), dtype=torch.long), len(self.names)
+        )
+
+    def index(self, names: list[str]) -> torch.Tensor:
+        return torch.tensor([self.names.index(name) for name in names])
+
+
+def test_a_teacher_says_what_overlaid_pictures_show(data, tokenizer, one_thread) -> None:
+    plan = dataclasses.replace(TINY, taught=0.5, overlaid=0.4)
+    teacher = Reader([*reversed(CONCEPTS)])
+    trainer = Trainer(plan, data, tokenizer, CONCEPTS, teacher=teacher)
+    said = CONCEPTS.index(teacher.names[1])
+    x0 = torch.ones(200, 3, 16, 16)
+    x0[:, :, 4:12, 4:12] = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    wanted = torch.nn.functional.one_hot(torch.zeros(200, dtype=torch.long), len(CONCEPTS)).float()
+    seen, answer = trainer.taught(x0, wanted)
+    alone = (seen == x0).all(3).all(2).all(1)
+    assert 0.5 < alone.float().mean() < 0.7
+    assert torch.allclose(answer[alone][:, [0, said]], torch.tensor(0.5), atol=1e-4)
+    assert torch.allclose(answer[~alone][:, said], torch.tensor(1.0), atol=1e-4)
+    assert torch.allclose(answer.sum(1), torch.ones(200))
+    for _ in range(2):
+        trainer.train_step()
+    again = Trainer(plan, data, tokenizer, CONCEPTS, teacher=teacher)
+    again.load(trainer.state())
+    assert again.train_step() == trainer.train_step()
+    with pytest.raises(SystemExit, match="taught=0.5.*--teacher"):
+        Trainer(plan, data, tokenizer, CONCEPTS)
+
+
+def test_an_overlaid_picture_holds_both_drawings() -> None:
+    g = torch.Generator().manual_seed(0)
+    x0 = torch.ones(64, 3, 16, 16)
+    x0[:, :, 8, 4:12] = -1.0  # a bar, which turns show upright in every second batch
+    seen = overlaid(x0, g)
+    assert seen.shape == x0.shape
+    assert torch.equal(seen[:, :, 0], x0[:, :, 0])  # paper stays paper
+    assert ((seen[:, :, 8, 4:12] < 0.7).all(dim=(1, 2))).all()  # each one's own lines are left, if faint
+    crossed = torch.cat([overlaid(x0, g) for _ in range(8)])
+    assert (crossed[:, :, 4:6, 5:11] < 0.7).any(dim=(1, 2, 3)).float().mean() > 0.2  # others' lines are there
