@@ -22,6 +22,7 @@ from mtl_anagram import (
     generate_anagram,
     repeat_anagram,
 )
+from mtl_anagram.best_of import best_of
 from mtl_anagram.cli import main
 from mtl_anagram.errors import ConfigError
 from mtl_anagram.media import encode_png
@@ -67,6 +68,15 @@ def content(anagram):
 
 def files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_best_of_several_goes_through_stage_3_too(whole, tmp_path):
+    arguments = {**REQUEST, "model": whole}
+    best, candidates = best_of(2, save_dir=tmp_path / "best", upscale=FAST, **arguments)
+    assert list(best.pictures) == [8, 32, 128]
+    assert [list(c.anagram.pictures) for c in candidates] == [[8], [8]]
+    alone = generate_anagram(save_dir=tmp_path / "alone", seed=best.seed, upscale=FAST, **arguments)[0]
+    assert best.pictures[128].read_bytes() == alone.pictures[128].read_bytes()
 
 
 def test_three_sizes_are_written_and_stages_one_and_two_are_what_they_were(make, cascade):
