@@ -54,14 +54,20 @@ def main() -> None:
     if args.as_is is None:
         evaluate(cascade, protocol, args.folder, judge=judge, progress=True)
 
-    found = []
-    for path in sorted((Path(args.folder) / "cells").glob(f"{args.as_is or 'own'}-*.json")):
+    latest = {}  # by pair and view: a folder can hold measurements with an older CLIP or fewer seeds, too
+    paths = (Path(args.folder) / "cells").glob(f"{args.as_is or 'own'}-*.json")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
         cell = read_json(path)
         request = cell["request"]
         if request["style"] != args.style or (args.as_is is None and request["recipe"] != recipe.to_dict()):
             continue
         if tuple(request["names"]) not in protocol.pairs or request["view"] not in protocol.views:
             continue
+        key = (*request["names"], request["view"])
+        if key not in latest or len(cell["samples"]) >= len(latest[key][1]["samples"]):
+            latest[key] = (path, cell)
+    found = []
+    for path, cell in latest.values():
         best = max(range(len(cell["samples"])), key=lambda i: cell["samples"][i]["score"])
         found.append((cell["samples"][best]["score"], path, cell, best))
     found.sort(key=lambda entry: -entry[0])
