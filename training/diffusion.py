@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mtl_anagram.cosine import cosine_alpha_bar
 
 STEPS = 1000
 VLB_WEIGHT = 1e-3  # Nichol and Dhariwal 2021, equation 16
@@ -31,10 +34,8 @@ class Diffusion:
 
     @classmethod
     def cosine(cls) -> Diffusion:
-        def remaining(u: float) -> float:
-            return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-
-        betas = [min(1 - remaining((i + 1) / STEPS) / remaining(i / STEPS), 0.999) for i in range(STEPS)]
+        kept = [cosine_alpha_bar(i / STEPS) for i in range(STEPS + 1)]
+        betas = [min(1 - after / before, 0.999) for before, after in pairwise(kept)]
         beta = torch.tensor(betas, dtype=torch.float64)
         alpha_bar = (1 - beta).cumprod(0)
         before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..cosine import cosine_alpha_bar
 from ..errors import InputError, WeightsError
 from .attention import attention
 
@@ -69,7 +70,7 @@ class NoiseCLIP(nn.Module):
         """
         size, count = self.image_encoder.image_size, self.image_encoder.n_timesteps
         step, t = max(1, size // 32), round(LOOKS_NOISE * count)
-        alpha_bar = math.cos((t / count + 0.008) / 1.008 * math.pi / 2) ** 2  # GLIDE's, IF's schedule
+        kept = cosine_alpha_bar(t / count)
         generator = torch.Generator().manual_seed(0)
         around = F.pad(pictures, (step,) * 4, mode="replicate")
         looks = []
@@ -78,7 +79,7 @@ class NoiseCLIP(nn.Module):
             seen = around[..., top : top + size, left : left + size]
             seen = seen.flip(-1) if look % 2 else seen
             noise = torch.randn(1, *seen.shape[1:], generator=generator).to(seen)
-            noisy = math.sqrt(alpha_bar) * seen + math.sqrt(1 - alpha_bar) * noise
+            noisy = math.sqrt(kept) * seen + math.sqrt(1 - kept) * noise
             looks.append(self.embed_image(noisy, t))
         return F.normalize(torch.stack(looks).mean(0), dim=-1)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import at_least_float32, choice, flag, float_tensor, number, whole_number
+from ..cosine import cosine_alpha_bar
 from ..errors import ConfigError, InputError
 from .scheduler_config import read_fields
 
@@ -142,11 +143,8 @@ class Schedule:
 
 def cosine_betas(total: int) -> Tensor:
     """Cosine schedule's betas (total,): 1 - ab(i+1)/ab(i), at most 0.999; in doubles, then float32."""
-
-    def kept(u: float) -> float:
-        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    betas = [min(1 - kept((i + 1) / total) / kept(i / total), 0.999) for i in range(total)]
+    kept = [cosine_alpha_bar(i / total) for i in range(total + 1)]
+    betas = [min(1 - after / before, 0.999) for before, after in pairwise(kept)]
     return torch.tensor(betas, dtype=torch.float32)
 
 
