@@ -15,7 +15,7 @@ from torch import Tensor
 from mtl_anagram.atomic import write_atomically
 from training import checkpoints, drawings, styles, train_stage1, train_stage2
 
-NAME = "embedded-v3"
+NAME = "embedded-v4"
 # The published schedulers' settings, but for one of stage I: its sample_max_value is 1.5. That dynamic threshold
 # divides a picture whose guided ink goes beyond black by up to 1.5, paper included: white is drawn as light grey.
 SCHEDULER = {

@@ -132,7 +132,7 @@ def test_info_as_json(cascade_folder, capsys, plan):
 def test_info_of_the_embedded_cascade_names_the_releases(capsys):
     assert main(["info", "--device", "cpu", "--size", "64"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("embedded-v3, float32 on cpu")
+    assert shown.startswith("embedded-v4, float32 on cpu")
     assert "releases by name: IF-M, IF-L, IF-XL" in shown
 
 
