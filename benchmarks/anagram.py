@@ -42,6 +42,7 @@ def child(kind: str, seed: int, threads: int, out: str) -> None:
             models[0], text, null, get_views(VIEWS), score=models[3].scorer(prompts),
             spans=[concept_span(models[2], prompt) for prompt in prompts],
             generators=[torch.Generator().manual_seed(seed)], recipe=Recipe.released(),
+            schedule=cascade.schedule(1, 30),
         )  # fmt: skip
         picture = last.x[0]
     else:

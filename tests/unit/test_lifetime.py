@@ -5,7 +5,6 @@ import json
 import weakref
 
 import pytest
-import torch
 
 import mtl_anagram.cascade as module
 import mtl_anagram.planning as planning
