@@ -109,10 +109,9 @@ def main() -> None:
     parser.add_argument("--cache", default="runs/data", help="folder of the packed drawings")
     parser.add_argument("--out", help="its folder (default: weights/judge, the teacher's: runs/teacher)")
     parser.add_argument("--pictures", type=int, default=Plan.pictures)
-    parser.add_argument(
-        "--teacher", action="store_true", help="train on the cascade's split, not the judge's"
-    )
-    parser.add_argument("--curate", action="store_true", help="write CACHE/typical.pt instead of a judge")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--teacher", action="store_true", help="train on the cascade's split, not the judge's")
+    other.add_argument("--curate", action="store_true", help="write CACHE/typical.pt instead of a judge")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

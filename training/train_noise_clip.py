@@ -118,8 +118,13 @@ class Trainer:
             raise SystemExit(
                 f"taught={plan.taught}, but there is no teacher: give --teacher, a folder of train_judge --teacher"
             )
+        if teacher is not None and not plan.taught:
+            raise SystemExit(
+                f"taught={plan.taught}, so that the teacher would not be asked: give --taught, such as 0.7, or no "
+                "--teacher"
+            )
         torch.manual_seed(plan.seed)
-        self.teacher = teacher if plan.taught else None
+        self.teacher = teacher
         self.known = None if teacher is None else teacher.index(list(concepts))
         self.plan, self.data, self.concepts = plan, data, concepts
         self.towers = Towers(plan, tokenizer.vocab_size)

@@ -82,3 +82,10 @@ def test_other_weights_are_refused(tmp_path) -> None:
     (tmp_path / "judge.json").write_text(json.dumps({"names": ["a", "b"]}))
     with pytest.raises(WeightsError, match="misshapen"):
         load_judge(tmp_path)
+
+
+def test_one_command_trains_one_thing(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["train_judge", "--data", "none", "--teacher", "--curate"])
+    with pytest.raises(SystemExit):
+        train_judge.main()
+    assert "--curate: not allowed with argument --teacher" in capsys.readouterr().err

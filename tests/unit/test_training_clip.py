@@ -134,6 +134,8 @@ def test_a_teacher_says_what_overlaid_pictures_show(data, tokenizer, one_thread)
     assert again.train_step() == trainer.train_step()
     with pytest.raises(SystemExit, match="taught=0.5.*--teacher"):
         Trainer(plan, data, tokenizer, CONCEPTS)
+    with pytest.raises(SystemExit, match="taught=0.0.*--taught"):
+        Trainer(TINY, data, tokenizer, CONCEPTS, teacher=teacher)
 
 
 def test_an_overlaid_picture_holds_both_drawings() -> None:
