@@ -260,9 +260,6 @@ def _fill(
             if torch.isfinite(tensor).all():
                 reason = f"its values overflow {cast.dtype}: load in float32 or bfloat16"
             raise WeightsError(f"{origin}: {name} is not finite; {reason}")
-        if device.type == "cpu" and cast.ndim == 4:
-            # Convolutions on a CPU take pixels with their channels together, and so does attention between them.
-            cast = cast.contiguous(memory_format=torch.channels_last)
         placed[name] = cast
     module.load_state_dict(placed, strict=True, assign=True)
     return module.eval().requires_grad_(False)
