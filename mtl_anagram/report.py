@@ -18,8 +18,9 @@ SHARES = ("all_named", "all_named_over_plain", "any_of_n", "best_of_n", "best_of
 def report(cells: Sequence[dict[str, Any]], temperature: float) -> dict[str, Any]:
     """Rows by recipe, over all views and for each view alone; every figure of a share with its 95% interval.
 
-    cells: `evaluate`'s JSON files. The intervals are percentiles of a bootstrap that draws pairs, not samples:
-    the samples of one pair stand or fall together. A recipe's difference to "plain" is taken pair by pair.
+    cells: `evaluate`'s JSON files, in any order, one for each recipe, view and pair. The intervals are percentiles
+    of a bootstrap that draws pairs, not samples: all samples of one pair, under every view, stand or fall together.
+    A recipe's difference to "plain" is taken pair by pair, where plain has the same pairs, views and seeds.
     """
     rows = []
     for readings in sorted({len(cell["request"]["names"]) for cell in cells}):
@@ -27,11 +28,14 @@ def report(cells: Sequence[dict[str, Any]], temperature: float) -> dict[str, Any
         views = list(dict.fromkeys(cell["request"]["view"] for cell in mine))
         for view in [None, *views] if len(views) > 1 else views:
             seen = [cell for cell in mine if view in (None, cell["request"]["view"])]
-            base = _by_pair(seen, BASELINE, temperature)
-            for recipe in dict.fromkeys(cell["recipe_name"] for cell in seen):
-                pairs = _by_pair(seen, recipe, temperature)
+            recipes = {
+                recipe: _measured(seen, recipe, temperature)
+                for recipe in dict.fromkeys(cell["recipe_name"] for cell in seen)
+            }
+            for recipe, measured in recipes.items():
+                base = {} if recipe == BASELINE else recipes.get(BASELINE, {})
                 rows.append(
-                    {"readings": readings, "view": view or "all", "recipe": recipe, **_row(pairs, base)}
+                    {"readings": readings, "view": view or "all", "recipe": recipe, **_row(measured, base)}
                 )
     return {"temperature": temperature, "bootstrap_draws": DRAWS, "rows": rows}
 
@@ -55,40 +59,50 @@ def _share(entry: dict[str, float] | None) -> str:
     return f"{100 * entry['value']:.1f}% ({100 * entry['low']:.1f} to {100 * entry['high']:.1f})"
 
 
-def _by_pair(cells: Sequence[dict[str, Any]], recipe: str, temperature: float) -> list[dict[str, Tensor]]:
-    """For each pair under each view: A, C, whether all readings were named, and the CLIP's own score."""
-    out = []
+Key = tuple[tuple[str, ...], str, tuple[int, ...]]  # names, view, seeds
+Measured = dict[Key, dict[str, Tensor]]  # of each pair under each view: A and C (N,), and the shares 0-dim
+
+
+def _measured(cells: Sequence[dict[str, Any]], recipe: str, temperature: float) -> Measured:
+    """Each of a recipe's cells: A and C, and the shares of seeds of which all readings were named."""
+    out: Measured = {}
     for cell in cells:
         if cell["recipe_name"] != recipe:
             continue
         names, samples = cell["request"]["names"], cell["samples"]
         scores = torch.tensor([sample["scores"] for sample in samples])  # (N, V, V)
         entry = {"A": alignment(scores), "C": concealment(scores, temperature)}
-        entry["score"] = torch.tensor([sample["score"] for sample in samples])
         if "named" in samples[0]:
-            entry["named"] = torch.tensor([float(sample["named"] == names) for sample in samples])
-        out.append(entry)
+            named = torch.tensor([float(sample["named"] == names) for sample in samples])
+            chosen = torch.tensor([sample["score"] for sample in samples]).argmax()
+            entry |= {"all_named": named.mean(), "any_of_n": named.max(), "best_of_n": named[chosen]}
+        out[tuple(names), cell["request"]["view"], tuple(sample["seed"] for sample in samples)] = entry
     return out
 
 
-def _row(pairs: list[dict[str, Tensor]], base: list[dict[str, Tensor]]) -> dict[str, Any]:
-    flat = {name: torch.cat([pair[name] for pair in pairs]) for name in ("A", "C")}
-    row: dict[str, Any] = {"pairs": len(pairs), "samples": len(flat["A"])}
-    for name, values in flat.items():
-        row[name] = round(values.mean().item(), 4)
+def _row(cells: Measured, base: Measured) -> dict[str, Any]:
+    row: dict[str, Any] = {"pairs": len({names for names, _, _ in cells})}
+    for name in ("A", "C"):
+        values = torch.cat([entry[name] for entry in cells.values()])
+        row |= {"samples": len(values), name: round(values.mean().item(), 4)}
         row[f"{name}.9"] = round(quantile(values).item(), 4)
-    if "named" not in pairs[0]:
+    if any("all_named" not in entry for entry in cells.values()):
         return row
-    each = torch.stack([pair["named"].mean() for pair in pairs])
-    best = torch.stack([pair["named"][pair["score"].argmax()] for pair in pairs])
-    any_of = torch.stack([pair["named"].max() for pair in pairs])
-    row["all_named"], row["best_of_n"], row["any_of_n"] = (interval(v) for v in (each, best, any_of))
-    if len(base) == len(pairs):
-        plain = torch.stack([pair["named"][pair["score"].argmax()] for pair in base])
-        plain_each = torch.stack([pair["named"].mean() for pair in base])
-        row["all_named_over_plain"] = interval(each - plain_each)
-        row["best_of_n_over_plain"] = interval(best - plain)
-    return row
+    shares = {name: _by_pair(cells, name) for name in ("all_named", "best_of_n", "any_of_n")}
+    if base and cells.keys() <= base.keys():
+        plain = {key: base[key] for key in cells}
+        shares |= {
+            f"{name}_over_plain": shares[name] - _by_pair(plain, name) for name in ("all_named", "best_of_n")
+        }
+    return row | {name: interval(share) for name, share in shares.items()}
+
+
+def _by_pair(cells: Measured, name: str) -> Tensor:
+    """One value for every pair, the mean over its views, (P,)."""
+    values: dict[tuple[str, ...], list[Tensor]] = {}
+    for (names, _, _), entry in cells.items():
+        values.setdefault(names, []).append(entry[name])
+    return torch.stack([torch.stack(each).mean() for each in values.values()])
 
 
 def interval(values: Tensor, statistic: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:

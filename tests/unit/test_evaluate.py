@@ -141,12 +141,14 @@ def test_stage_2_is_measured_where_asked(cascade, judge, one_thread, tmp_path) -
     assert decode_png(strip.read_bytes()).shape == (3, 256, 256)
 
 
-def cell(recipe: str, names: list[str], named: list[list[str]], scores: list[float]) -> dict:
+def cell(
+    recipe: str, names: list[str], named: list[list[str]], scores: list[float], view: str = "flip"
+) -> dict:
     samples = [
         {"seed": i, "scores": [[s, 0.0], [0.0, s]], "score": s, "named": n}
         for i, (s, n) in enumerate(zip(scores, named, strict=True))
     ]
-    return {"recipe_name": recipe, "request": {"names": names, "view": "flip"}, "samples": samples}
+    return {"recipe_name": recipe, "request": {"names": names, "view": view}, "samples": samples}
 
 
 def test_the_report_counts() -> None:
@@ -167,6 +169,30 @@ def test_the_report_counts() -> None:
     assert (own["best_of_n_over_plain"]["low"], own["best_of_n_over_plain"]["high"]) == (0, 1)
     assert own["A"] == pytest.approx((0.9 + 0.1 + 0.2 + 0.1 + 0.4 + 0.3) / 6, abs=1e-4)
     assert own["A.9"] == pytest.approx(0.65)  # between 0.4 and 0.9
+
+
+def test_a_pair_is_compared_with_itself_and_drawn_with_all_its_views() -> None:
+    """Whatever the files' order: the second pair is read under plain alone, the first under own alone."""
+    names, wrong = [["a", "b"], ["c", "d"]], ["x", "x"]
+
+    def cells(recipe: str, read: list[str], order: int, seeds: int = 2) -> list[dict]:
+        return [
+            cell(recipe, pair, [pair if pair == read else wrong] * seeds, [0.1] * seeds, view)
+            for pair in names[::order]
+            for view in ("flip", "rotate_180")
+        ]
+
+    rows = report([*cells("own", names[0], 1), *cells("plain", names[1], -1)], 0.05)["rows"]
+    plain, own = (row for row in rows[::-1] if row["view"] == "all")
+    assert (own["pairs"], own["samples"]) == (2, 8)
+    difference = {"value": 0.0, "low": -1.0, "high": 1.0}  # +1 and -1
+    assert own["all_named_over_plain"] == own["best_of_n_over_plain"] == difference
+    assert own["all_named"] == {"value": 0.5, "low": 0.0, "high": 1.0}  # of two pairs, not of four cells
+    assert "all_named_over_plain" not in plain
+    for base in (cells("plain", names[1], 1, seeds=3), cells("plain", names[1], 1)[:2]):
+        rows = report([*cells("own", names[0], 1), *base], 0.05)["rows"]
+        (own,) = (row for row in rows if (row["view"], row["recipe"]) == ("all", "own"))
+        assert "all_named_over_plain" not in own  # other seeds, and pairs that plain lacks
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
