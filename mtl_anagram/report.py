@@ -7,16 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .metrics import alignment, concealment, quantile
+from .metrics import alignment, concealment
 
 DRAWS, SEED = 4_000, 0  # of the bootstrap
+AT_ONCE = 1 << 23  # values drawn at once
 BASELINE = "plain"
-SHARES = ("all_named", "all_named_over_plain", "any_of_n", "best_of_n", "best_of_n_over_plain")  # columns
+SCORES = ("A", "C")
+SHARES = ("all_named", "best_of_n", "any_of_n")
+COMPARED = (*SCORES, "all_named", "best_of_n")  # with the baseline
+# The table's columns: heading, the row's figure, how it is written.
+COLUMNS = (
+    ("A", "A", "{:.3f}"),
+    ("A over plain", "A_over_plain", "{:+.3f}"),
+    ("A.9", "A.9", "{:.3f}"),
+    ("C", "C", "{:.3f}"),
+    ("C over plain", "C_over_plain", "{:+.3f}"),
+    ("C.9", "C.9", "{:.3f}"),
+    ("all read", "all_named", "{:.1%}"),
+    ("over plain", "all_named_over_plain", "{:+.1%}"),
+    ("any of N", "any_of_n", "{:.1%}"),
+    ("best of N", "best_of_n", "{:.1%}"),
+    ("best over plain", "best_of_n_over_plain", "{:+.1%}"),
+)
 
 
 def report(cells: Sequence[dict[str, Any]], temperature: float) -> dict[str, Any]:
-    """Rows by recipe, over all views and for each view alone; every figure of a share with its 95% interval.
+    """Rows by recipe, over all views and for each view alone; every figure with its 95% interval.
 
     cells: `evaluate`'s JSON files, in any order, one for each recipe, view and pair. The intervals are percentiles
     of a bootstrap that draws pairs, not samples: all samples of one pair, under every view, stand or fall together.
@@ -42,21 +60,20 @@ def report(cells: Sequence[dict[str, Any]], temperature: float) -> dict[str, Any
 
 def as_table(summary: dict[str, Any]) -> str:
     """The report's rows as a Markdown table."""
-    head = ["view", "recipe", "samples", "A", "A.9", "C", "C.9", "all read", "over plain"]
-    head += ["any of N", "best of N", "best over plain"]
+    head = ["view", "recipe", "samples", *(heading for heading, _, _ in COLUMNS)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in summary["rows"]:
         view = "one reading" if row["readings"] == 1 else row["view"]
-        figures = [f"{row[name]:.3f}" for name in ("A", "A.9", "C", "C.9")]
-        shares = [_share(row.get(name)) for name in SHARES]
-        lines.append("| " + " | ".join([view, row["recipe"], str(row["samples"]), *figures, *shares]) + " |")
+        figures = [_written(row.get(name), form) for _, name, form in COLUMNS]
+        lines.append("| " + " | ".join([view, row["recipe"], str(row["samples"]), *figures]) + " |")
     return "\n".join(lines)
 
 
-def _share(entry: dict[str, float] | None) -> str:
-    if entry is None:
+def _written(figure: dict[str, float] | None, form: str) -> str:
+    if figure is None:
         return ""
-    return f"{100 * entry['value']:.1f}% ({100 * entry['low']:.1f} to {100 * entry['high']:.1f})"
+    value, low, high = (form.format(figure[name]) for name in ("value", "low", "high"))
+    return f"{value} ({low.rstrip('%')} to {high.rstrip('%')})"
 
 
 Key = tuple[tuple[str, ...], str, tuple[int, ...]]  # names, view, seeds
@@ -81,34 +98,49 @@ def _measured(cells: Sequence[dict[str, Any]], recipe: str, temperature: float) 
 
 
 def _row(cells: Measured, base: Measured) -> dict[str, Any]:
-    row: dict[str, Any] = {"pairs": len({names for names, _, _ in cells})}
-    for name in ("A", "C"):
-        values = torch.cat([entry[name] for entry in cells.values()])
-        row |= {"samples": len(values), name: round(values.mean().item(), 4)}
-        row[f"{name}.9"] = round(quantile(values).item(), 4)
-    if any("all_named" not in entry for entry in cells.values()):
-        return row
-    shares = {name: _by_pair(cells, name) for name in ("all_named", "best_of_n", "any_of_n")}
+    samples = {name: _samples_by_pair(cells, name) for name in SCORES}
+    row: dict[str, Any] = {"pairs": len(samples["A"]), "samples": int(samples["A"].isfinite().sum())}
+    for name, values in samples.items():
+        row[name] = interval(values, lambda drawn: drawn.nanmean(-1))
+        row[f"{name}.9"] = interval(values, lambda drawn: drawn.nanquantile(0.9, dim=-1))
+    judged = all("all_named" in entry for entry in cells.values())
+    for name in SHARES if judged else ():
+        row[name] = interval(_by_pair(cells, name))
     if base and cells.keys() <= base.keys():
         plain = {key: base[key] for key in cells}
-        shares |= {
-            f"{name}_over_plain": shares[name] - _by_pair(plain, name) for name in ("all_named", "best_of_n")
-        }
-    return row | {name: interval(share) for name, share in shares.items()}
+        for name in COMPARED if judged else SCORES:
+            row[f"{name}_over_plain"] = interval(_by_pair(cells, name) - _by_pair(plain, name))
+    return row
+
+
+def _grouped(cells: Measured, name: str) -> list[list[Tensor]]:
+    """What each pair has under each of its views."""
+    values: dict[tuple[str, ...], list[Tensor]] = {}
+    for (names, _, _), entry in cells.items():
+        values.setdefault(names, []).append(entry[name])
+    return list(values.values())
+
+
+def _samples_by_pair(cells: Measured, name: str) -> Tensor:
+    """All samples of every pair, (P, S); NaN where a pair has fewer than others."""
+    rows = [torch.cat(each) for each in _grouped(cells, name)]
+    return pad_sequence(rows, batch_first=True, padding_value=float("nan"))
 
 
 def _by_pair(cells: Measured, name: str) -> Tensor:
     """One value for every pair, the mean over its views, (P,)."""
-    values: dict[tuple[str, ...], list[Tensor]] = {}
-    for (names, _, _), entry in cells.items():
-        values.setdefault(names, []).append(entry[name])
-    return torch.stack([torch.stack(each).mean() for each in values.values()])
+    return torch.stack([torch.stack([view.mean() for view in each]).mean() for each in _grouped(cells, name)])
 
 
 def interval(values: Tensor, statistic: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-    """A mean (or `statistic` over the last dimension) of (G,) values and its 95% bootstrap interval."""
+    """A statistic of groups' values and its 95% interval by a bootstrap that draws groups.
+
+    values (G,), or (G, S) where a group has several; statistic: (..., values) -> (...), None = the mean.
+    """
     of = statistic or (lambda drawn: drawn.mean(-1))
     generator = torch.Generator().manual_seed(SEED)
-    drawn = values[torch.randint(len(values), (DRAWS, len(values)), generator=generator)]
-    low, high = of(drawn).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return {"value": round(of(values).item(), 4), "low": round(low, 4), "high": round(high, 4)}
+    places = torch.randint(len(values), (DRAWS, len(values)), generator=generator)
+    parts = places.split(max(1, AT_ONCE // values.numel()))
+    drawn = torch.cat([of(values[part].flatten(1)) for part in parts])
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return {"value": round(of(values.flatten()).item(), 4), "low": round(low, 4), "high": round(high, 4)}

@@ -167,8 +167,11 @@ def test_the_report_counts() -> None:
     assert (plain["any_of_n"]["value"], own["any_of_n"]["value"]) == (0.5, 1)
     assert own["best_of_n_over_plain"]["value"] == 0.5
     assert (own["best_of_n_over_plain"]["low"], own["best_of_n_over_plain"]["high"]) == (0, 1)
-    assert own["A"] == pytest.approx((0.9 + 0.1 + 0.2 + 0.1 + 0.4 + 0.3) / 6, abs=1e-4)
-    assert own["A.9"] == pytest.approx(0.65)  # between 0.4 and 0.9
+    assert own["A"]["value"] == pytest.approx((0.9 + 0.1 + 0.2 + 0.1 + 0.4 + 0.3) / 6, abs=1e-4)
+    assert (own["A"]["low"], own["A"]["high"]) == (0.2667, 0.4)  # one pair twice, or the other
+    assert own["A.9"]["value"] == pytest.approx(0.65)  # between 0.4 and 0.9
+    assert own["A_over_plain"]["value"] == pytest.approx(0.2 / 6, abs=1e-4)
+    assert own["A_over_plain"] | {"value": 0} == {"value": 0, "low": 0.0, "high": 0.0667}
 
 
 def test_a_pair_is_compared_with_itself_and_drawn_with_all_its_views() -> None:
