@@ -244,9 +244,10 @@ class UNet(nn.Module):
         emb = self._embed(x.shape[0], t, context, class_labels)
 
         x = x.to(self.dtype)
-        if x.device.type == "cpu":
+        graph = torch.is_grad_enabled() and (x.requires_grad or self.conv_in.weight.requires_grad)
+        if x.device.type == "cpu" and not graph:
             # Convolutions on a CPU are faster where a pixel's channels lie together, and hand that layout on; so
-            # the weights can lie as they are.
+            # the weights can lie as they are. Gradients are not: 2 to 16% more time a step of training.
             x = x.contiguous(memory_format=torch.channels_last)
         h = self.conv_in(x)
         skips = [h]

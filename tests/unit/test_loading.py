@@ -42,9 +42,14 @@ def test_loaded_module_is_ready_to_use(release):
 
 def test_on_a_cpu_the_channels_of_a_pixel_stay_together_up_to_the_result(release):
     """A layer that went back to planes would cost a copy of the whole picture there."""
-    result = load_unet(release, device="cpu")(torch.randn(2, 3, 32, 32), 5, torch.randn(2, 4, 16))
+    unet = load_unet(release, device="cpu")
+    x, text = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 16)
+    result = unet(x, 5, text)
     assert result.is_contiguous(memory_format=torch.channels_last)
     assert not result.is_contiguous()
+    assert unet(x.requires_grad_(), 5, text).is_contiguous()  # gradients take longer in that layout
+    with torch.no_grad():
+        assert torch.equal(unet(x, 5, text), result)
 
 
 def test_weights_lie_as_others_expect_them(release, tmp_path):
