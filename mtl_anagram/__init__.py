@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cascade import Cascade
-    from .errors import AnagramError, CapacityError, ConfigError, InputError, SourceError, WeightsError
+    from .errors import (
+        AnagramError,
+        CapacityError,
+        ConfigError,
+        InputError,
+        PromptWarning,
+        SourceError,
+        WeightsError,
+    )
     from .evaluation import Protocol, evaluate
     from .generate import generate_anagram, repeat_anagram
     from .output import Anagram
@@ -20,6 +28,7 @@ __all__ = [
     "Cascade",
     "ConfigError",
     "InputError",
+    "PromptWarning",
     "Protocol",
     "Recipe",
     "SourceError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from .cascade import Cascade
 from .checks import MAX_SEED, whole_number
-from .errors import InputError
+from .errors import InputError, PromptWarning
 from .evaluation import by_clip
 from .generate import generate_anagram
 from .media import decode_png
@@ -87,7 +88,9 @@ def best_of(
         values = (score, alignment(scores), concealment(scores, TEMPERATURE))
         candidates.append(Candidate(anagram, *(value.item() for value in values)))
     candidates.sort(key=lambda candidate: -candidate.score)
-    best = generate_anagram(
-        style, prompts, views, save_dir, device, candidates[0].anagram.seed, **last, **common
-    )[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PromptWarning)  # once is enough
+        best = generate_anagram(
+            style, prompts, views, save_dir, device, candidates[0].anagram.seed, **last, **common
+        )[0]
     return best, candidates

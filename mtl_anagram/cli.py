@@ -18,12 +18,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None = the process's); returns its exit status."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    # torch says so at every start where numpy is not installed, and nothing here needs it.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    from .errors import AnagramError
+    from .errors import AnagramError, PromptWarning
+
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:
+        if issubclass(category, PromptWarning):  # of the request, not of a line of code
+            print(f"mtl-anagram: {message}", file=sys.stderr)
+        else:
+            shown(message, category, *place, **rest)
 
     try:
-        return arguments.run(arguments)
+        with warnings.catch_warnings():
+            # torch says so at every start where numpy is not installed, and nothing here needs it.
+            warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+            warnings.showwarning = show
+            return arguments.run(arguments)
     except AnagramError as error:
         print(f"mtl-anagram: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return EXIT_ERROR

@@ -1,4 +1,4 @@
-"""The library's own errors: every message names the value, the limit and the remedy."""
+"""The library's own errors and warnings: every message names the value, the limit and the remedy."""
 
 
 class AnagramError(Exception):
@@ -23,3 +23,7 @@ class CapacityError(InputError):
 
 class SourceError(AnagramError, OSError):
     """A file, a folder or a hub repository cannot be found or read."""
+
+
+class PromptWarning(UserWarning):
+    """A prompt asks for what the cascade's makers do not list among the things that it has learnt to draw."""

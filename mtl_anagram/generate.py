@@ -18,7 +18,7 @@ from .errors import InputError
 from .job import Job, check_networks, check_noise_level, check_seeds, check_sizes, column, parse_prompts
 from .models.sources import Source, read_json
 from .output import Anagram, check_folder, check_room, clear, finish, finished, folder_of, write_pictures
-from .prompts import check_prompts, concept_span
+from .prompts import check_learnt, check_prompts, concept_span
 from .sampling import LatentState, Recipe, Schedule, StepState, UpscaleRecipe, sample_stage1, sample_stage2
 from .upscale import Upscaling
 from .views import View, get_views, view_from_metadata
@@ -70,7 +70,7 @@ def generate_anagram(
     progress: show a bar. on_step(seeds, stage, state) is called at every step.
 
     Raises InputError, ConfigError, WeightsError (all ValueErrors) or SourceError (an OSError) before any
-    sampling starts.
+    sampling starts; warns (PromptWarning) of prompts for things that a small cascade has not learnt to draw.
     """
     job_seeds = check_seeds(seed)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -97,6 +97,7 @@ def generate_anagram(
     resolved = resolve_device(device) if device is not None else None
 
     cascade = _cascade(model, resolved)
+    check_learnt(clean, cascade.concepts, cascade.name)
     chosen = dataclasses.replace(cascade.recipe if recipe is None else recipe, **changes)
     sizes = check_sizes(cascade, made_views, size, stop_after, chosen)
     if upscale is not None and len(sizes) < 3:

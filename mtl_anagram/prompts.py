@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from .errors import InputError
+from .errors import InputError, PromptWarning
 from .models.tokenizers import T5Tokenizer
 
 
@@ -36,6 +38,24 @@ def with_article(name: str) -> str:
 def other_prompts(style: str, prompts: Sequence[str], concepts: Sequence[str]) -> list[str]:
     """What else a picture might show: the style with every concept whose name is in none of the prompts."""
     return [styled(style, with_article(c)) for c in concepts if not any(c in prompt for prompt in prompts)]
+
+
+def check_learnt(prompts: Sequence[str], concepts: Sequence[str], name: str) -> None:
+    """PromptWarning for prompts that have none of these names in them, as words; none are known = no warning.
+
+    concepts: what the cascade `name` has learnt to draw, as its makers say.
+    """
+    if not concepts:
+        return
+    known = re.compile(rf"\b({'|'.join(map(re.escape, concepts))})\b", re.IGNORECASE)
+    strange = [prompt for prompt in prompts if not known.search(prompt)]
+    if strange:
+        warnings.warn(
+            f"{', '.join(map(repr, strange))}: {name} has not learnt to draw that and will draw something else. It "
+            f"draws: {', '.join(concepts)}; for other things name the released weights (model=)",
+            PromptWarning,
+            stacklevel=3,
+        )
 
 
 def check_prompts(prompts: Sequence[str], views: int) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from mtl_anagram import Cascade, Recipe, generate_anagram
 from mtl_anagram.best_of import best_of
 from mtl_anagram.cli import main
-from mtl_anagram.errors import ConfigError, InputError
+from mtl_anagram.errors import ConfigError, InputError, PromptWarning
 from mtl_anagram.media import decode_png
 from mtl_anagram.metrics import anagram_score
 from tests.unit.tiny import write_cascade
@@ -102,6 +102,9 @@ def test_what_the_cascade_has_learnt_stands_against_the_readings(one_thread, tmp
     assert wider.clip_concepts == model.clip_concepts == model.concepts
     _, same = best_of(1, "a sketch of", PROMPTS, VIEWS, tmp_path / "out2", model=wider, recipe=QUICK)
     assert same[0].score == candidates[0].score
+    with pytest.warns(PromptWarning, match="'a sketch of a rabbit': tiny has not learnt") as seen:
+        best_of(1, "a sketch of", PROMPTS, VIEWS, tmp_path / "out2", model=wider, recipe=QUICK)
+    assert len([w for w in seen if w.category is PromptWarning]) == 1
     index.write_text(json.dumps({**about, "clip_concepts": 7}))
     with pytest.raises(ConfigError, match="clip_concepts=7"):
         Cascade.from_pretrained(folder)

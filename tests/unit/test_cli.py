@@ -324,6 +324,15 @@ def test_a_cascade_without_stage_2_says_so(generate, cascade_folder, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_the_cascade_has_not_learnt_is_one_line(generate, cascade_folder, tmp_path, capsys):
+    own = shutil.copytree(cascade_folder, tmp_path / "own")
+    (own / "cascade.json").write_text(json.dumps({"name": "own", "concepts": ["duck", "cat"]}))
+    assert generate("--quiet", model=own) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mtl-anagram: 'a rabbit': own has not learnt to draw that")
+    assert "duck, cat" in line
+
+
 def test_a_cascade_without_a_noise_aware_clip(generate, cascade_folder, capsys):
     assert generate("--quiet", model=cascade_folder / "stage_1") == 2
     assert "noise_clip=" in capsys.readouterr().err

@@ -1,10 +1,13 @@
 """Prompts: style, checks, brackets, and the tokens of the concept."""
 
+import warnings
+
 import pytest
 
-from mtl_anagram.errors import InputError
+from mtl_anagram.errors import InputError, PromptWarning
 from mtl_anagram.models.tokenizers import T5Tokenizer
 from mtl_anagram.prompts import (
+    check_learnt,
     check_prompts,
     concept_span,
     other_prompts,
@@ -47,6 +50,19 @@ def test_other_prompts_leave_out_what_is_asked_for():
     assert other_prompts("a sketch of", ["a duck", "a house plant"], concepts) == ["a sketch of an apple"]
     assert other_prompts("", ["a house"], concepts) == ["a duck", "a house plant", "an apple"]
     assert other_prompts("a sketch of", ["a duck"], ()) == []
+
+
+def test_what_a_cascade_has_not_learnt_is_said():
+    concepts = ("cat", "wine glass")
+    with pytest.warns(
+        PromptWarning, match="'a sketch of a caterpillar', 'a wine': small .* cat, wine glass"
+    ) as seen:
+        check_learnt(["a sketch of a caterpillar", "a CAT's head", "a wine"], concepts, "small")
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_learnt(["a Cat", "two cats, one cat", "a wine glass"], concepts, "small")
+        check_learnt(["a dragon"], (), "large")
 
 
 def test_check_prompts():
