@@ -81,6 +81,7 @@ def test_the_command_shows_the_scores(cascade_folder, one_thread, tmp_path, caps
     assert "one --seed" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::mtl_anagram.PromptWarning")  # of the first two calls
 def test_what_the_cascade_has_learnt_stands_against_the_readings(one_thread, tmp_path) -> None:
     folder = write_cascade(tmp_path / "cascade", stage_2=False)
     index = folder / "cascade.json"
