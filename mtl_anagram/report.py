@@ -44,17 +44,16 @@ def report(cells: Sequence[dict[str, Any]], temperature: float) -> dict[str, Any
     for readings in sorted({len(cell["request"]["names"]) for cell in cells}):
         mine = [cell for cell in cells if len(cell["request"]["names"]) == readings]
         views = list(dict.fromkeys(cell["request"]["view"] for cell in mine))
+        recipes = {
+            recipe: _measured(mine, recipe, temperature)
+            for recipe in dict.fromkeys(cell["recipe_name"] for cell in mine)
+        }
         for view in [None, *views] if len(views) > 1 else views:
-            seen = [cell for cell in mine if view in (None, cell["request"]["view"])]
-            recipes = {
-                recipe: _measured(seen, recipe, temperature)
-                for recipe in dict.fromkeys(cell["recipe_name"] for cell in seen)
-            }
+            base = _under(recipes.get(BASELINE, {}), view)
             for recipe, measured in recipes.items():
-                base = {} if recipe == BASELINE else recipes.get(BASELINE, {})
-                rows.append(
-                    {"readings": readings, "view": view or "all", "recipe": recipe, **_row(measured, base)}
-                )
+                if seen := _under(measured, view):
+                    row = _row(seen, {} if recipe == BASELINE else base)
+                    rows.append({"readings": readings, "view": view or "all", "recipe": recipe, **row})
     return {"temperature": temperature, "bootstrap_draws": DRAWS, "rows": rows}
 
 
@@ -95,6 +94,11 @@ def _measured(cells: Sequence[dict[str, Any]], recipe: str, temperature: float) 
             entry |= {"all_named": named.mean(), "any_of_n": named.max(), "best_of_n": named[chosen]}
         out[tuple(names), cell["request"]["view"], tuple(sample["seed"] for sample in samples)] = entry
     return out
+
+
+def _under(cells: Measured, view: str | None) -> Measured:
+    """The cells of one view, None = of all."""
+    return {key: entry for key, entry in cells.items() if view in (None, key[1])}
 
 
 def _row(cells: Measured, base: Measured) -> dict[str, Any]:
