@@ -31,7 +31,7 @@ def child(kind: str, seed: int, threads: int, out: str) -> None:
     prompts = [f"{STYLE} {prompt}" for prompt in PROMPTS]
     if kind == "ours":
         from mtl_anagram import Cascade, Recipe, get_views
-        from mtl_anagram.prompts import concept_span
+        from mtl_anagram.models.prompts import concept_span
         from mtl_anagram.sampling import sample_stage1
 
         cascade = Cascade.from_pretrained(device="cpu", dtype="float32")

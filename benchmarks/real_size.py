@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 KINDS = ("ours", "diffusers")
-MODEL, PARAMETERS, GUIDANCE, LIMIT = "DeepFloyd/IF-I-M-v1.0", 371_605_830, 10.0, 1e-4
+PARAMETERS, GUIDANCE, LIMIT = 371_605_830, 10.0, 1e-4  # IF-I-M's
 
 
 def write_folder(folder: Path) -> None:
@@ -30,19 +30,26 @@ def write_folder(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from mtl_anagram.models.unet import UNet
-    from mtl_anagram.releases import PUBLISHED
+    from mtl_anagram.models.unet import UNet, UNetConfig
 
-    network = next(n for n in PUBLISHED[MODEL].networks if n.subfolder == "unet")
     torch.manual_seed(0)
-    unet = UNet(network.config).requires_grad_(False)
-    assert sum(p.numel() for p in unet.parameters()) == network.parameters == PARAMETERS
+    config = UNetConfig(
+        block_out_channels=(192, 384, 576, 768),
+        layers_per_block=(3, 3, 3, 3),
+        cross_attention_dim=768,
+        encoder_hid_dim=4096,
+        down_block_types=("ResnetDownsampleBlock2D", *3 * ("SimpleCrossAttnDownBlock2D",)),
+        up_block_types=(*3 * ("SimpleCrossAttnUpBlock2D",), "ResnetUpsampleBlock2D"),
+        in_channels=3,
+    )
+    unet = UNet(config).requires_grad_(False)
+    assert sum(p.numel() for p in unet.parameters()) == PARAMETERS
     for name, parameter in unet.named_parameters():
         if "norm" in name:
             parameter.add_(0.2 * torch.randn_like(parameter))
     (folder / "unet").mkdir(parents=True)
     save_file(unet.state_dict(), folder / "unet" / "diffusion_pytorch_model.safetensors")
-    (folder / "unet" / "config.json").write_text(json.dumps(network.config.to_dict()))
+    (folder / "unet" / "config.json").write_text(json.dumps(unet.config.to_dict()))
     (folder / "scheduler").mkdir()
     scheduler = {
         "_class_name": "DDPMScheduler",
@@ -74,8 +81,8 @@ def child(kind: str, folder: Path, threads: int, out: Path) -> None:
 
     torch.set_num_threads(threads)
     if kind == "ours":
+        from mtl_anagram.files.hub import read_json
         from mtl_anagram.models import load_unet
-        from mtl_anagram.models.sources import read_json
         from mtl_anagram.sampling import Schedule, ddpm_step
 
         unet = load_unet(folder)
@@ -149,9 +156,6 @@ def main() -> None:
         return
     import torch
 
-    from mtl_anagram.memory import unet_activations
-    from mtl_anagram.releases import PUBLISHED
-
     with tempfile.TemporaryDirectory() as place:
         folder = args.folder or Path(place) / "model"
         if not (folder / "unet").is_dir():
@@ -164,11 +168,6 @@ def main() -> None:
         label = "step, processor time" if what == "busy" else what
         figures = ", ".join(f"{kind} {found[kind][what]:.2f} {unit}" for kind in KINDS)
         print(f"{label}: {figures}, ratio {ratio:.2f}")
-    config = next(n for n in PUBLISHED[MODEL].networks if n.subfolder == "unet").config
-    activations = unet_activations(config, rows=1, size=64, guided=False, dtype=torch.float32)  # type: ignore[arg-type]
-    print(
-        f"planned: {4 * PARAMETERS / 2**20:.0f} MiB of weights and {activations / 2**20:.0f} MiB of activations"
-    )
     for name, value in differences(found).items():
         print(f"largest difference of {name}, relative: {value:.2g} (limit {LIMIT:g})")
     if max(differences(found).values()) > LIMIT:

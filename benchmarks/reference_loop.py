@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from mtl_anagram.models import load_noise_clip, load_tokenizer
-from mtl_anagram.prompts import concept_span
+from mtl_anagram.models.prompts import concept_span
 from mtl_anagram.views import get_views
 
 STEPS, GUIDANCE, RATE, LAST_GUIDED = 30, 10.0, 5.0, 25

@@ -35,9 +35,9 @@ def write_checkpoint(folder: Path, layers: int) -> int:
     """A random encoder in the published layout of the fp16 variant; returns its number of parameters."""
     import torch
 
-    from mtl_anagram.atomic import write_atomically
+    from mtl_anagram.files.atomic import write_atomically
+    from mtl_anagram.files.shards import bytes_of
     from mtl_anagram.models import T5Config, T5Encoder
-    from mtl_anagram.models.shards import buffer_of
 
     config = T5Config(**{**SIZES, "num_layers": layers})
     with torch.device("meta"):
@@ -60,7 +60,7 @@ def write_checkpoint(folder: Path, layers: int) -> int:
             for name in members:
                 value = torch.randn(shapes[name], generator=generator).mul_(_spread(name, config))
                 value += 1.0 if "layer_norm" in name else 0.0
-                file.write(buffer_of(value if header[name]["dtype"] == "F32" else value.half()))
+                file.write(bytes_of(value if header[name]["dtype"] == "F32" else value.half()))
                 del value
             file.flush()
             os.fsync(file.fileno())
@@ -148,8 +148,8 @@ def check(folder: Path, layers: int) -> float:
     import torch
     from transformers import T5Config, T5EncoderModel
 
+    from mtl_anagram.files.shards import read_safetensors
     from mtl_anagram.models import load_t5
-    from mtl_anagram.models.loading import read_safetensors
 
     reference = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **{**SIZES, "num_layers": layers}))
     state = {}

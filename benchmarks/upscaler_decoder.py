@@ -16,7 +16,9 @@ import torch
 
 from mtl_anagram.models.upscaler import AutoencoderConfig, LatentDecoder
 
-CONFIG = AutoencoderConfig(block_out_channels=(128, 256, 512))
+CONFIG = AutoencoderConfig(
+    (128, 256, 512), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3
+)
 
 
 def peak() -> float:

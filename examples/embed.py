@@ -12,12 +12,11 @@ def anagram_of(first: str, second: str, folder: str) -> str | None:
     """A picture's path, or None where the request cannot be served."""
 
     def watch(seeds, stage, state):
-        """Called at every step: a progress bar, a preview of state.x, or an exception that ends the run."""
+        """Called at every step: a progress bar, a preview of state.x0, or an exception that ends the run."""
 
+    prompts, views = [first, second], ["identity", "rotate_180"]
     try:
-        made = generate_anagram(
-            "a sketch of", [first, second], ["identity", "rotate_180"], folder, model=cascade, on_step=watch
-        )
+        made = generate_anagram("a painting of", prompts, views, folder, seed=7, model=cascade, on_step=watch)
     except AnagramError as error:  # a ValueError or an OSError, with value, limit and remedy
         print(f"refused: {error}")
         return None
@@ -25,5 +24,5 @@ def anagram_of(first: str, second: str, folder: str) -> str | None:
 
 
 if __name__ == "__main__":
-    print(anagram_of("a house", "a tree", "output"))
-    print(anagram_of("a house", "a [tree", "output"))
+    print(anagram_of("a hat", "a house", "output/embedded"))
+    print(anagram_of("a hat", "a [house", "output/embedded"))

@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw
 
 from mtl_anagram import Cascade, Protocol, evaluate, get_views
 from mtl_anagram.cascade import embedded_folder
-from mtl_anagram.evaluation import choose_pairs
-from mtl_anagram.media import decode_png, to_uint8
+from mtl_anagram.evaluation.protocol import choose_pairs
+from mtl_anagram.files.hub import read_json
+from mtl_anagram.files.images import decode_png, to_uint8
 from mtl_anagram.models import load_judge
-from mtl_anagram.models.sources import read_json
 
 SIDE, TEXT, GAP = 128, 16, 10  # px: of a picture, of its line of text, between anagrams
 

@@ -14,41 +14,27 @@ if TYPE_CHECKING:
         SourceError,
         WeightsError,
     )
-    from .evaluation import Protocol, evaluate
+    from .evaluation.protocol import Protocol, evaluate
+    from .files.outputs import Anagram
     from .generate import generate_anagram, repeat_anagram
-    from .output import Anagram
     from .sampling import Recipe, UpscaleRecipe
     from .views import View, get_views
 
 __version__ = "0.1.0"
 __all__ = [
-    "Anagram",
-    "AnagramError",
-    "CapacityError",
-    "Cascade",
-    "ConfigError",
-    "InputError",
-    "PromptWarning",
-    "Protocol",
-    "Recipe",
-    "SourceError",
-    "UpscaleRecipe",
-    "View",
-    "WeightsError",
-    "evaluate",
-    "generate_anagram",
-    "get_views",
-    "repeat_anagram",
-]
+    "Anagram", "AnagramError", "CapacityError", "Cascade", "ConfigError", "InputError", "PromptWarning",
+    "Protocol", "Recipe", "SourceError", "UpscaleRecipe", "View", "WeightsError", "evaluate",
+    "generate_anagram", "get_views", "repeat_anagram",
+]  # fmt: skip
 # A name's module is imported when the name is first used: the command answers --help without torch.
 _HOMES = {
-    "Anagram": "output",
+    "Anagram": "files.outputs",
     "Cascade": "cascade",
-    "Protocol": "evaluation",
+    "Protocol": "evaluation.protocol",
     "Recipe": "sampling",
     "UpscaleRecipe": "sampling",
     "View": "views",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.protocol",
     "generate_anagram": "generate",
     "get_views": "views",
     "repeat_anagram": "generate",

@@ -4,6 +4,8 @@ import os
 
 # Read when torch loads its OpenMP library: a spinning thread holds up the others where cores are busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: each has one thread
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

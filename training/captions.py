@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import re
+import struct
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtl_anagram.atomic import write_atomically
-from training.styles import PAINTS, STYLES, sketch
+from mtl_anagram.files.atomic import write_atomically
+from training.styles import PAINTS, STYLES
 
 LENGTH = 77  # tokens of a padded prompt, IF's
 # Names of the data set's drawings: the tokenizers know them all, so later cascades can learn more.
@@ -26,13 +27,6 @@ NAMES = (
     "sea turtle", "sheep", "skull", "snowflake", "snowman", "squirrel", "star", "sun", "the mona lisa",
     "tiger", "tractor", "train", "tree", "whale", "windmill", "wine bottle", "wine glass",
 )  # fmt: skip
-# Styles that no cascade has learnt yet; the tokenizers know their words.
-LATER_STYLES = (
-    "a watercolor of", "a photo of", "an oil painting of", "a woodcut of", "an engraving of", "a poster of",
-    "a black and white drawing of", "a blue print of", "a red, green and yellow picture of",
-)  # fmt: skip
-# How often training draws one of the sketch's words; the other styles share the rest.
-SKETCHES = 0.7
 _BARE = {"the mona lisa"}
 _PLURAL = {"headphones", "pants"}
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-&/+"
@@ -54,24 +48,20 @@ def captions_of(name: str, styles: tuple[str, ...] = tuple(STYLES)) -> list[str]
 def caption_table(concepts: tuple[str, ...]) -> tuple[list[str], Tensor, Tensor]:
     """Every caption of every concept, and how training draws one.
 
-    Returns texts (the empty prompt first), places (C, K) long into texts, and weights (C, K): with the
-    article four times in five; SKETCHES of the time in the sketch's words, one in four of them without a
-    style. Column k of both is of the style at k modulo len(STYLES): `paint_of(k)`.
+    Returns texts (the empty prompt first), places (C, K) long into texts, and weights (C, K): every style, and
+    each of its wordings, equally often; with the article four times in five. Column k of both is of the style at
+    k modulo len(STYLES): `paint_of(k)`.
     """
     texts, places, weights = [""], [], []
-    sketches = sum(style is sketch for style in STYLES.values())
+    wordings = Counter(STYLES.values())
+    share = [1 / len(PAINTS) / wordings[style] for style in STYLES.values()]
     for concept in concepts:
         captions = captions_of(concept)
         places.append(torch.arange(len(texts), len(texts) + len(captions)))
         texts += captions
-        row = []
-        for i in range(len(captions)):
-            words, style = list(STYLES.items())[i % len(STYLES)]
-            share = (1 - SKETCHES) / (len(PAINTS) - 1)
-            if style is sketch:
-                share = SKETCHES * (0.25 if words == "" else 0.75 / (sketches - 1))
-            row.append((0.8 if i < len(STYLES) else 0.2) * share)
-        weights.append(torch.tensor(row))
+        bare = len(captions) > len(STYLES)  # some names never take an article
+        row = [(0.8, 0.2)[i // len(STYLES)] if bare else 1.0 for i in range(len(captions))]
+        weights.append(torch.tensor([w * share[i % len(STYLES)] for i, w in enumerate(row)]))
     width = max(len(p) for p in places)
     padded = torch.stack([torch.cat([p, p[:1].expand(width - len(p))]) for p in places])
     return texts, padded, torch.stack([torch.cat([w, w.new_zeros(width - len(w))]) for w in weights])
@@ -80,7 +70,7 @@ def caption_table(concepts: tuple[str, ...]) -> tuple[list[str], Tensor, Tensor]
 def paint_of(column: Tensor) -> Tensor:
     """Columns of `caption_table`'s arrays -> the places in PAINTS of their styles."""
     paints = torch.tensor([PAINTS.index(style) for style in STYLES.values()])
-    return paints[column % len(STYLES)]
+    return paints.to(column.device)[column % len(STYLES)]
 
 
 def columns_of_paints() -> Tensor:
@@ -90,7 +80,7 @@ def columns_of_paints() -> Tensor:
 
 def corpus() -> list[str]:
     """The sentences from which both tokenizers are made."""
-    lines = [text for name in NAMES for text in captions_of(name, (*STYLES, *LATER_STYLES))]
+    lines = [text for name in NAMES for text in captions_of(name)]
     lines += [text for name in NAMES for text in captions_of(name, ("", "a sketch of", "a drawing of"))] * 3
     words = dict.fromkeys(word for line in lines for word in re.findall("[a-z]+", line))
     # A unigram model's candidates are substrings of two different words: the plural makes each word one.
@@ -110,6 +100,24 @@ def train_sentencepiece(sentences: list[str], size: int = 700) -> bytes:
         normalization_rule_name="nmt_nfkc", num_threads=1, minloglevel=2,
     )  # fmt: skip
     return model.getvalue()
+
+
+def with_words(model: bytes, texts: list[str]) -> bytes:
+    """A sentencepiece model that knows every word of the texts; what it knew keeps its number.
+
+    So a text encoder that was trained with the model goes on with the longer one. A model's file is a message
+    whose pieces (field 1: text, score, kind) may stand anywhere in it.
+    """
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(model)
+    for word in dict.fromkeys(word for text in texts for word in text.lower().split()):
+        if len(processor.EncodeAsIds(word)) > 1:
+            piece = f"\u2581{word}".encode()
+            fields = b"\x0a" + bytes([len(piece)]) + piece + b"\x15" + struct.pack("<f", 0.0)
+            model += b"\x0a" + bytes([len(fields)]) + fields
+    return model
 
 
 def encode(model: bytes | str | Path, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -166,19 +174,25 @@ def merge(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make both tokenizers of the embedded cascade.")
+    parser = argparse.ArgumentParser(
+        description="Make both tokenizers of the embedded cascade, or add the captions' words to the text encoder's."
+    )
     parser.add_argument("--out", default="weights", help="the cascade's folder")
     parser.add_argument("--pieces", type=int, default=700)
     parser.add_argument("--merges", type=int, default=512)
     args = parser.parse_args()
     out = Path(args.out)
-    sentences = corpus()
-    write_atomically(out / "stage_1/tokenizer/spiece.model", train_sentencepiece(sentences, args.pieces))
-    merges = train_merges(sentences, args.merges)
-    text = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges)
-    write_atomically(out / "noise_clip/merges.txt", text.encode())
-    print(f"{len(merges)} merges; pieces of 'a sketch of a duck':")
-    ids, mask = encode(out / "stage_1/tokenizer/spiece.model", ["a sketch of a duck", "an elephant", ""])
+    spiece, sentences = out / "stage_1/tokenizer/spiece.model", corpus()
+    if spiece.is_file():
+        model = with_words(spiece.read_bytes(), [text for name in NAMES for text in captions_of(name)])
+    else:
+        model = train_sentencepiece(sentences, args.pieces)
+    write_atomically(spiece, model)
+    merges = out / "noise_clip/merges.txt"
+    if not merges.is_file():
+        lines = "".join(f"{left} {right}\n" for left, right in train_merges(sentences, args.merges))
+        write_atomically(merges, f"#version: 0.2\n{lines}".encode())
+    ids, mask = encode(spiece, ["a stained glass window of a duck", "an elephant", ""])
     print(ids[:, :10], mask.sum(1))
 
 

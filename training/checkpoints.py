@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mtl_anagram.atomic import write_atomically
+from mtl_anagram.files.atomic import write_atomically
 
 PIECE = 15_000_000  # bytes
 
@@ -46,7 +46,7 @@ def load(folder: Path) -> dict[str, Any] | None:
             f"{folder}: the checkpoint has {len(content)} of {index['bytes']} bytes; bring all of "
             f"{', '.join(index['pieces'])}, or delete checkpoint.json to begin anew"
         )
-    return torch.load(io.BytesIO(content), weights_only=True)
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _index(folder: Path) -> dict[str, Any] | None:

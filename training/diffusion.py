@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtl_anagram.cosine import cosine_alpha_bar
+from mtl_anagram.sampling.schedule import cosine_alpha_bar
 
 STEPS = 1000
 VLB_WEIGHT = 1e-3  # Nichol and Dhariwal 2021, equation 16
@@ -47,6 +47,9 @@ class Diffusion:
         )  # fmt: skip
         return cls(*(n.float() for n in numbers))
 
+    def to(self, device: torch.device) -> Diffusion:
+        return Diffusion(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of pictures (B, C, H, W) at timesteps (B,)."""
         a = column(self.alpha_bar, t)
@@ -62,9 +65,11 @@ class Diffusion:
         """
         height, width = x0.shape[-2:]
         coarse = F.interpolate(F.avg_pool2d(x0, 16), (height, width), mode="bilinear")
-        share = torch.rand(len(x0), 1, 1, 1, generator=generator)
+        share = torch.rand(len(x0), 1, 1, 1, generator=generator, device=x0.device)
         field = F.interpolate(
-            torch.randn(len(x0), x0.shape[1], 4, 4, generator=generator), (height, width), mode="bilinear"
+            torch.randn(len(x0), x0.shape[1], 4, 4, generator=generator, device=x0.device),
+            (height, width),
+            mode="bilinear",
         )
         a = column(self.alpha_bar, t)
         return (a * (1 - a)).sqrt() * (0.3 * field - share * coarse)
@@ -148,20 +153,21 @@ def sample(
     predict(x, t) -> the UNet's output without and with the text, each (B, 6, H, W). Returns pictures in
     [-1, 1].
     """
-    schedule = Diffusion.cosine()
+    device = generator.device
+    schedule = Diffusion.cosine().to(device)
     stride = STEPS // steps
-    x = torch.randn(shape, generator=generator)
+    x = torch.randn(shape, generator=generator, device=device)
     for t in range((steps - 1) * stride, -1, -stride):
         null, text = predict(x, t)
         eps = null[:, :3] + guidance * (text[:, :3] - null[:, :3])
         fraction = (text[:, 3:] + 1) / 2
         a = schedule.alpha_bar[t]
-        before = schedule.alpha_bar[t - stride] if t >= stride else torch.tensor(1.0)
+        before = schedule.alpha_bar[t - stride] if t >= stride else torch.ones((), device=device)
         x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
         x0 = x0.clamp(-1, 1)
         beta = 1 - a / before
         mean = before.sqrt() * beta / (1 - a) * x0 + (a / before).sqrt() * (1 - before) / (1 - a) * x
         low = ((1 - before) / (1 - a) * beta).clamp(min=1e-20).log()
         std = torch.exp(0.5 * (fraction * beta.log() + (1 - fraction) * low))
-        x = mean + std * torch.randn(shape, generator=generator) if t else x0
+        x = mean + std * torch.randn(shape, generator=generator, device=device) if t else x0
     return x

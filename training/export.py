@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from mtl_anagram.atomic import write_atomically
-from training import checkpoints, drawings, styles, train_stage1, train_stage2
+from mtl_anagram.files.atomic import write_atomically
+from training import checkpoints, drawings, loop, styles, train_stage1, train_stage2
 
-NAME = "embedded-v4"
 # The published schedulers' settings, but for one of stage I: its sample_max_value is 1.5. That dynamic threshold
 # divides a picture whose guided ink goes beyond black by up to 1.5, paper included: white is drawn as light grey.
 SCHEDULER = {
@@ -81,7 +80,7 @@ def training_facts(states: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for part, state in states.items():
         plan = state["plan"]
         facts[part] = {
-            "pictures": state["seen"] if "seen" in state else state["step"] * plan["batch"],
+            "pictures": state["seen"],
             "steps": state["step"], "minutes": round(state["seconds"] / 60, 1), "seed": plan["seed"],
         }  # fmt: skip
     return facts
@@ -103,16 +102,23 @@ def write_index(out: Path, concepts: dict[str, list[str]], facts: dict[str, Any]
         and file.suffix in (".json", ".safetensors", ".model", ".txt")
         and file.name != "cascade.json"
     }
-    drawn = concepts.get("stage_1") or old.get("concepts") or list(drawings.CONCEPTS)
+    drawn = concepts.get("stage_1") or old.get("concepts") or list(drawings.DRAWN)
     told_apart = concepts.get("noise_clip") or old.get("clip_concepts") or drawn
     index = {
-        "name": NAME, "concepts": drawn, "clip_concepts": told_apart,
+        "name": loop.CASCADE, "concepts": drawn, "clip_concepts": told_apart,
         "styles": [style for style in styles.STYLES if style],
         "training": {**old.get("training", {}), **facts}, "files": files,
     }  # fmt: skip
     if "recipe" in old:
         index["recipe"] = old["recipe"]
     write_atomically(out / "cascade.json", as_json(index))
+
+
+def export_judge(run: Path, out: Path) -> None:
+    """The judge as the end of its last stretch wrote it."""
+    for name in ("judge.safetensors", "judge.json"):
+        if (run / name).is_file():
+            write_atomically(out / "judge" / name, (run / name).read_bytes())
 
 
 EXPORTS = {"stage_1": export_stage1, "stage_2": export_stage2, "noise_clip": export_noise_clip}
@@ -124,6 +130,7 @@ def main() -> None:
         parser.add_argument(
             f"--{part.replace('_', '-')}", default=f"runs/{part}", help="that training's folder"
         )
+    parser.add_argument("--judge", default="runs/judge", help="that training's folder")
     parser.add_argument("--out", default="weights", help="the cascade's folder, with both tokenizers in it")
     args = parser.parse_args()
     out = Path(args.out)
@@ -138,6 +145,7 @@ def main() -> None:
             continue
         export(state, out)
         states[part] = state
+    export_judge(Path(args.judge), out)
     concepts = {part: list(state["concepts"]) for part, state in states.items()}
     facts = training_facts(states)
     write_index(out, concepts, facts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,10 @@ from torch import Tensor
 
 from training import checkpoints, drawings
 
+CASCADE = "embedded-v5"  # the name of what is trained here
 LOGGED = 50  # steps to a line of the log
 MEANING = {  # of the plans' fields that are options
     "pictures": "length of the whole training, in pictures",
-    "grow": "pictures at 16 px and at 32 px",
-    "batches": "batch sizes at 16, 32 and 64 px",
     "text_until": "pictures that the text encoder learns on",
     "cooldown": "pictures over which the learning rate falls",
     "whole": "pictures that are seen entire, at last",
@@ -33,11 +33,10 @@ class Trainer(Protocol):
 
     MEASURES: tuple[str, ...]
     plan: Any
-    step: int
+    step: int  # updates since the optimizer began anew
+    seen: int  # pictures
     seconds: float
 
-    @property
-    def seen(self) -> int: ...
     def train_step(self) -> tuple[float, ...]: ...
     def state(self) -> dict[str, Any]: ...
     def load(self, state: dict[str, Any]) -> None: ...
@@ -47,29 +46,32 @@ class Trainer(Protocol):
 T = TypeVar("T", bound=Trainer)
 
 
-class Threads:
-    """One thread or two, whichever is faster just now: on a busy machine two wait for each other.
+def default_device() -> str:
+    """Where a training runs unless it is told: a CUDA device where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-    Every 60 steps one step is timed with each; a step that takes far longer than the one-thread step did ends
-    the use of two at once.
-    """
 
-    def __init__(self) -> None:
-        self.steps, self.one, self.use = 0, float("inf"), 1
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the device computes in it; on a CPU without such instructions it is slower than float32."""
+    able = device.type != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=able)
 
-    def before(self) -> None:
-        trial = {0: 1, 1: 2}.get(self.steps % 60, self.use)
-        torch.set_num_threads(trial)
 
-    def after(self, seconds: float) -> None:
-        place = self.steps % 60
-        if place == 0:
-            self.one = seconds
-        elif place == 1:
-            self.use = 2 if seconds < 0.85 * self.one else 1
-        elif seconds > 1.2 * self.one:
-            self.use = 1
-        self.steps += 1
+def restore(generator: torch.Generator, state: Tensor, seed: int) -> None:
+    """The generator's state as it was saved; another kind of device than then begins anew from the seed."""
+    if state.shape == generator.get_state().shape:
+        generator.set_state(state)
+    else:
+        generator.manual_seed(seed)
+
+
+def seen_by(folder: Path) -> int:
+    """How many pictures an exported part of this cascade has seen; 0 for another cascade's, which only begins it."""
+    index = folder.parent / "cascade.json"
+    if not index.is_file():
+        return 0
+    about = json.loads(index.read_text(encoding="utf-8"))
+    return about["training"].get(folder.name, {}).get("pictures", 0) if about["name"] == CASCADE else 0
 
 
 def options(
@@ -82,7 +84,7 @@ def options(
     add("--cache", default="runs/data", help="folder of the packed drawings")
     add("--run", default=run, help="folder of the checkpoint, the log and what it draws")
     add("--minutes", type=float, default=9.0, help="stop after this long; the same command goes on")
-    add("--concepts", nargs="+", metavar="NAME", help="what is learnt, the first time; all unless given")
+    add("--concepts", nargs="+", metavar="NAME", help="what is learnt, the first time")
     add("--init", help="an exported folder of this part to start from, the first time")
     for name in given:
         value = getattr(plan, name)
@@ -93,7 +95,7 @@ def options(
     add(
         "--sheet-minutes", type=float, default=sheet_minutes, help="0 = show what was learnt at the end alone"
     )
-    add("--threads", type=int, default=2, help="0 = one or two, as it goes faster")
+    add("--device", default=default_device(), help="cpu or cuda (default: %(default)s)")
     return parser
 
 
@@ -102,10 +104,11 @@ def begin(
     plan: Any,
     given: tuple[str, ...],
     make: Callable[[Any, dict[str, Tensor], tuple[str, ...], Tensor | None], T],
+    concepts: tuple[str, ...] = drawings.DRAWN,
 ) -> T:
     """The trainer as its last checkpoint left it, or a new one; options given now change its plan.
 
-    plan: the default one. make(plan, data, concepts, typical) -> the trainer.
+    plan: the default one. make(plan, data, concepts, typical) -> the trainer. concepts: what is learnt unless told.
     """
     run = Path(args.run)
     run.mkdir(parents=True, exist_ok=True)
@@ -113,14 +116,16 @@ def begin(
     settings = dataclasses.asdict(plan) if state is None else dict(state["plan"])
     settings |= {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     plan = type(plan)(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
-    concepts = tuple((args.concepts or drawings.CONCEPTS) if state is None else state["concepts"])
+    concepts = tuple((args.concepts or concepts) if state is None else state["concepts"])
     data = drawings.load_some(args.data, concepts, args.cache)
+    data = {name: value.to(args.device) for name, value in data.items()}
     typical = drawings.load_typical(args.cache) if plan.typical < 1 else None
     trainer = make(plan, data, concepts, typical)
     if state is not None:
         trainer.load(state)
     elif args.init is not None:
         trainer.begin_from(Path(args.init))
+        trainer.seen = seen_by(Path(args.init))
     facts = {"concepts": len(concepts), "resumed_at": trainer.step, **dataclasses.asdict(plan)}
     print(json.dumps(facts), flush=True)
     return trainer
@@ -132,13 +137,13 @@ def go(
     show: Callable[[Path], dict[str, Any] | None],
     facts: Callable[[], dict[str, Any]] = dict,
 ) -> None:
-    """Train until the plan is done or the minutes are over; writes checkpoints and RUN/log.jsonl.
+    """Train until the plan is done, the minutes are over or SIGTERM comes; writes checkpoints and RUN/log.jsonl.
+
+    RUN/done is there once the plan is done.
 
     show(run) draws or measures what was learnt, at the end and every `sheet_minutes`; what it returns is
     logged. facts: more for every line of the log.
     """
-    torch.set_num_threads(args.threads or 2)
-    threads = None if args.threads else Threads()
     run = Path(args.run)
     start = saved = logged = shown = time.monotonic()
     carried, seen_before, lines = trainer.seconds, trainer.seen, []
@@ -153,14 +158,13 @@ def go(
             if found is not None:
                 note({"pictures": trainer.seen, **found})
 
-        while trainer.seen < trainer.plan.pictures and time.monotonic() - start < 60 * args.minutes:
-            if threads is not None:
-                threads.before()
-            began = time.monotonic()
+        told: list[int] = []  # by SIGTERM to end, as if the minutes were over
+        before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+        while (
+            trainer.seen < trainer.plan.pictures and time.monotonic() - start < 60 * args.minutes and not told
+        ):
             lines.append(torch.tensor(trainer.train_step()))
             now = time.monotonic()
-            if threads is not None:
-                threads.after(now - began)
             trainer.seconds = carried + now - start
             if len(lines) == LOGGED:
                 means = [round(value, 5) for value in torch.stack(lines).mean(0).tolist()]
@@ -177,4 +181,9 @@ def go(
                 look()
                 shown = time.monotonic()
         checkpoints.save(trainer.state(), run)
-        look()
+        signal.signal(signal.SIGTERM, before)
+        if not told:
+            look()
+        (run / "done").unlink(missing_ok=True)
+        if trainer.seen >= trainer.plan.pictures:
+            (run / "done").touch()

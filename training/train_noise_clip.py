@@ -59,7 +59,6 @@ class Plan:
     easy: int = 24_000
     one_style: float = 0.75
     typical: float = 0.6
-    bf16: bool = True
     patch: int = 8
     width: int = 128
     image_layers: int = 4
@@ -124,10 +123,9 @@ class Trainer:
                 "--teacher"
             )
         torch.manual_seed(plan.seed)
-        self.teacher = teacher
-        self.known = None if teacher is None else teacher.index(list(concepts))
         self.plan, self.data, self.concepts = plan, data, concepts
-        self.towers = Towers(plan, tokenizer.vocab_size)
+        self.device = data["train"].device
+        self.towers = Towers(plan, tokenizer.vocab_size).to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.towers.parameters(),
             lr=plan.lr,
@@ -135,22 +133,21 @@ class Trainer:
             weight_decay=plan.weight_decay,
             fused=True,
         )
-        self.generator = torch.Generator().manual_seed(plan.seed + 1)
+        self.teacher = None if teacher is None else teacher.to(self.device)
+        self.known = None if teacher is None else teacher.index(list(concepts)).to(self.device)
+        self.generator = torch.Generator(self.device).manual_seed(plan.seed + 1)
         self.rows = drawings.by_concept(data["train_labels"], len(concepts), typical, plan.typical)
-        self.diffusion = Diffusion.cosine()
-        texts, self.places, self.weights = captions.caption_table(concepts)
+        self.diffusion = Diffusion.cosine().to(self.device)
+        texts, *table = captions.caption_table(concepts)
+        self.places, self.weights = (x.to(self.device) for x in table)
         encoded = [tokenizer.encode(text) for text in texts]
-        self.lengths = torch.tensor([length for _, length in encoded])
-        self.ids = torch.tensor([ids for ids, _ in encoded])[:, : int(self.lengths.max())]
-        self.step, self.seconds = 0, 0.0
-
-    @property
-    def seen(self) -> int:
-        return self.step * self.plan.batch
+        self.lengths = torch.tensor([length for _, length in encoded], device=self.device)
+        self.ids = torch.tensor([ids for ids, _ in encoded], device=self.device)[:, : int(self.lengths.max())]
+        self.step, self.seen, self.seconds = 0, 0, 0.0
 
     def texts(self, choice: Tensor) -> Tensor:
         """Embeddings of one caption for every name; choice (C,) says which of its captions."""
-        picked = self.places[torch.arange(len(self.places)), choice]
+        picked = self.places[torch.arange(len(self.places), device=self.device), choice]
         return self.towers.text(self.ids[picked], self.lengths[picked])  # (C, D)
 
     def train_step(self) -> tuple[float, float]:
@@ -159,26 +156,25 @@ class Trainer:
             group["lr"] = self.plan.rate(self.seen)
         g, size = self.generator, self.plan.batch
         choice = torch.multinomial(self.weights, 1, generator=g)[:, 0]
-        one_style = bool(torch.rand((), generator=g) < self.plan.one_style)
+        one_style = bool(torch.rand((), generator=g, device=g.device) < self.plan.one_style)
         if one_style:
             choice[:] = choice[0]
         rows, labels = drawings.draw_rows(self.rows, size, g)
-        fields = drawings.augment(self.data["train"][rows], self.data["train_shapes"][rows], g)
-        like_samples = torch.rand(size, 1, 1, 1, generator=g) < self.plan.worn
-        fields[:, :1] = torch.where(like_samples, thickened(fields[:, :1], g), fields[:, :1])
+        fields = drawings.augment(self.data, "train", rows, g)
+        like_samples = torch.rand(size, 1, 1, 1, generator=g, device=g.device) < self.plan.worn
         x0 = styles.paint(fields, captions.paint_of(choice[labels]), g)
         x0 = torch.where(like_samples, worn(x0, g), x0)
         wanted = F.one_hot(labels, len(choice)).float()  # (B, C)
         if self.teacher is not None and one_style:
             x0, wanted = self.taught(x0, wanted)
         highest = min(STEPS, 200 + int(0.8 * STEPS * self.seen / self.plan.easy))
-        t = torch.randint(highest, (size,), generator=g)
-        clear = torch.rand(size, generator=g) < self.plan.clear
+        t = torch.randint(highest, (size,), generator=g, device=g.device)
+        clear = torch.rand(size, generator=g, device=g.device) < self.plan.clear
         t = torch.where(clear, t % CLEAR, t)
-        x_t = self.diffusion.noised(x0, t, torch.randn(x0.shape, generator=g))
-        half = torch.rand(size, generator=g) < self.plan.half_range
+        x_t = self.diffusion.noised(x0, t, torch.randn(x0.shape, generator=g, device=g.device))
+        half = torch.rand(size, generator=g, device=g.device) < self.plan.half_range
         x_t = torch.where(half[:, None, None, None], x_t / 2 + 0.5, x_t)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.plan.bf16):
+        with loop.autocast(self.device):
             texts, pictures = self.texts(choice), self.towers.image(x_t, t)
         cosines = pictures @ texts.T  # (B, C)
         loss = F.cross_entropy(self.plan.scale * cosines, wanted)
@@ -188,16 +184,16 @@ class Trainer:
         if torch.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        self.step, self.seen = self.step + 1, self.seen + self.plan.batch
         return loss.item(), (cosines.argmax(1) == labels).float().mean().item()
 
     @torch.no_grad()
     def taught(self, x0: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Some of the pictures (B, 3, H, W) overlaid, and (B, C) how likely each name is, with the teacher's help."""
         g = self.generator
-        two = torch.rand(len(x0), 1, 1, 1, generator=g) < self.plan.overlaid
+        two = torch.rand(len(x0), 1, 1, 1, generator=g, device=g.device) < self.plan.overlaid
         x0 = torch.where(two, overlaid(x0, g), x0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.plan.bf16):
+        with loop.autocast(self.device):
             found = self.teacher(x0)  # type: ignore[misc]
         found = found.float()[:, self.known].softmax(1)
         return x0, torch.lerp(wanted, found, torch.where(two[..., 0, 0], 1.0, self.plan.taught))
@@ -205,21 +201,23 @@ class Trainer:
     @torch.no_grad()
     def probe(self, count: int = 600) -> dict[str, Any]:
         """Held-out drawings, the styles in turn: how often their own caption comes first of all concepts', by t."""
-        g = torch.Generator().manual_seed(7)
+        g = torch.Generator(self.device).manual_seed(7)
         test = drawings.held_out(self.data["test_labels"], count, g)
         labels = self.data["test_labels"][test]
-        fields = torch.stack([self.data["test"][test], self.data["test_shapes"][test]], 1).float().div(255)
-        which = torch.arange(len(test)) % len(styles.PAINTS)
+        fields = drawings.as_they_are(self.data, "test", test)
+        which = torch.arange(len(test), device=self.device) % len(styles.PAINTS)
         x0 = styles.paint(fields, which, g)
-        noise = torch.randn(x0.shape, generator=g)
+        noise = torch.randn(x0.shape, generator=g, device=g.device)
         words = captions.columns_of_paints().tolist()
-        texts = torch.stack([self.texts(torch.full((len(self.places),), word)) for word in words])
+        texts = torch.stack(
+            [self.texts(torch.full((len(self.places),), word, device=self.device)) for word in words]
+        )
         result: dict[str, Any] = {}
         for t in PROBES:
-            steps = torch.full((len(test),), t)
+            steps = torch.full((len(test),), t, device=self.device)
             pictures = self.towers.image(self.diffusion.noised(x0, steps, noise), steps)
             cosines = (texts[which] @ pictures[:, :, None])[..., 0]  # (N, C), captions in the picture's style
-            mine = cosines[torch.arange(len(test)), labels]
+            mine = cosines[torch.arange(len(test), device=self.device), labels]
             result[str(t)] = {
                 "top1": round((cosines.argmax(1) == labels).float().mean().item(), 3),
                 "cosine": round(mine.mean().item(), 3),
@@ -236,21 +234,16 @@ class Trainer:
         """All that a later stretch needs to go on as if there had been no break."""
         return {
             "plan": dataclasses.asdict(self.plan), "concepts": self.concepts, "step": self.step,
-            "seconds": self.seconds, "model": self.towers.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "seen": self.seen, "seconds": self.seconds, "model": self.towers.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
         self.towers.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        self.step, self.seconds = state["step"], state["seconds"]
-
-
-def thickened(ink: Tensor, generator: torch.Generator) -> Tensor:
-    """Strokes (B, 1, H, W) of about their own to three times their width."""
-    threshold = 0.25 + 0.35 * torch.rand(len(ink), 1, 1, 1, generator=generator)
-    return styles.widened(ink, threshold)
+        loop.restore(self.generator, state["generator"], self.plan.seed + 1 + state["step"])
+        self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
 
 
 def worn(x0: Tensor, generator: torch.Generator) -> Tensor:
@@ -259,17 +252,15 @@ def worn(x0: Tensor, generator: torch.Generator) -> Tensor:
     The CLIP chooses among samples, and two readings bend each other's lines; seen on flawless drawings alone, it
     takes such flaws for another thing.
     """
-    count = len(x0)
-    theta = torch.eye(2).repeat(count, 1, 1) + 0.15 * torch.randn(count, 2, 2, generator=generator).clamp(
-        -2, 2
-    )
-    theta = torch.cat([theta, torch.zeros(count, 2, 1)], 2)
+    count, device = len(x0), x0.device
+    slant = 0.15 * torch.randn(count, 2, 2, generator=generator, device=device).clamp(-2, 2)
+    theta = F.pad(torch.eye(2, device=device) + slant, (0, 1))  # (B, 2, 3)
     grid = F.affine_grid(theta, list(x0.shape), align_corners=False)
     x0 = F.grid_sample(x0, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    softness = torch.rand(count, 1, 1, 1, generator=generator)
+    softness = torch.rand(count, 1, 1, 1, generator=generator, device=device)
     x0 = torch.lerp(x0, drawings.convolved(x0, drawings.gaussian(0.8)), softness)
-    tint = 0.07 * torch.randn(count, x0.shape[1], 1, 1, generator=generator)
-    contrast = 1 - 0.2 * torch.rand(count, 1, 1, 1, generator=generator)
+    tint = 0.07 * torch.randn(count, x0.shape[1], 1, 1, generator=generator, device=device)
+    contrast = 1 - 0.2 * torch.rand(count, 1, 1, 1, generator=generator, device=device)
     return (contrast * x0 + tint).clamp(-1, 1)
 
 
@@ -281,13 +272,13 @@ def overlaid(x0: Tensor, generator: torch.Generator) -> Tensor:
     learns the function and not the answers (Beyer et al. 2022, arXiv 2106.05237).
     """
     count = len(x0)
-    turn = int(torch.randint(4, (), generator=generator))
+    turn = int(torch.randint(4, (), generator=generator, device=x0.device))
     other = x0.roll(1, 0).rot90(turn, (2, 3))
     papers = [
         torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], 2).mean(2)[..., None, None]
         for x in (x0, other)
     ]
-    strength = 0.2 + torch.rand(count, 2, 1, 1, generator=generator).clamp(max=0.8)
+    strength = 0.2 + torch.rand(count, 2, 1, 1, generator=generator, device=x0.device).clamp(max=0.8)
     one, two = strength[:, :1] * (x0 - papers[0]), strength[:, 1:] * (other - papers[1])
     further = two.square().sum(1, keepdim=True) > one.square().sum(1, keepdim=True)
     return (papers[0] + torch.where(further, two, one)).clamp(-1, 1)
@@ -305,7 +296,7 @@ def main() -> None:
     ) -> Trainer:
         return Trainer(plan, data, CLIPTokenizer(args.merges), concepts, typical, teacher)
 
-    trainer = loop.begin(args, Plan(), GIVEN, make)
+    trainer = loop.begin(args, Plan(), GIVEN, make, drawings.CONCEPTS)
     loop.go(trainer, args, lambda run: {"held_out": trainer.probe()})
 
 

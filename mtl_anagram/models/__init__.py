@@ -4,8 +4,7 @@ from .configs import UNetConfig
 from .judge import Judge
 from .loading import load_judge, load_noise_clip, load_t5, load_tokenizer, load_unet
 from .noise_clip import NoiseCLIP
-from .t5 import T5Encoder
-from .t5_config import T5Config
+from .t5 import T5Config, T5Encoder
 from .t5_streamed import StreamedT5Encoder
 from .tokenizers import CLIPTokenizer, T5Tokenizer
 from .unet import UNet

@@ -6,7 +6,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 
 def attention(
@@ -18,39 +19,52 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Softmax attention by torch's fused kernel.
+    """Softmax attention of q (B, N, Q, d) to k and v (B, N, S, d) by torch's fused kernel, (B, N, Q, d).
 
-    q (B, N, Q, d), k and v (B, N, S, d), mask broadcastable to (B, N, Q, S): a float one is added to the
-    logits, a bool one keeps where True. scale None = 1/sqrt(d). Returns (B, N, Q, d).
+    mask: broadcastable to (B, N, Q, S), added to the logits, or if bool True = keep. scale None = 1/sqrt(d).
     """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal)
 
 
-def attention_with_columns(
-    q: Tensor, k: Tensor, v: Tensor, columns: Tensor, keep: Tensor, *, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """The same attention with some columns of its softmax made explicit, differentiable.
+def split(states: Tensor, heads: int) -> Tensor:
+    """(B, L, N d) -> (B, N, L, d)."""
+    return rearrange(states, "b l (n d) -> b n l d", n=heads)
 
-    Of the softmax's probabilities over all S keys, row b's keys `columns[b]` (B, T) are returned as (B, N, Q, T)
-    float32, times `keep` (B, T), which is 0 where a row asks for fewer than T columns. As in a fused kernel the
-    softmax is taken in float32 and its result is in q's dtype. Returns (output (B, N, Q, d), columns).
+
+def multi_head(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, *, mask: Tensor | None = None, scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:  # fmt: skip
+    """`attention` of states with their heads side by side, (B, Q, N d) and (B, S, N d) -> (B, Q, N d)."""
+    q, k, v = (split(states, heads) for states in (q, k, v))
+    return rearrange(attention(q, k, v, mask=mask, scale=scale, causal=causal), "b n l d -> b l (n d)")
+
+
+def attention_with_columns(
+    q: Tensor, k: Tensor, v: Tensor, columns: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same attention and, explicit and differentiable, T columns of its softmax, (B, N, Q, T) float32.
+
+    columns (B, L, T): for row b and asked column t, 1 at one of the first L keys (text comes first) and else 0.
+    As in a fused kernel the softmax is taken in float32 and its result is in q's dtype.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     probabilities = ((q * scale) @ k.transpose(-1, -2)).softmax(dim=-1)  # (B, N, Q, S)
     # A column is what attention makes of values that are 1 at its key: one product gives both, and one gradient.
-    picked = (F.one_hot(columns, k.shape[2]) * keep[..., None]).transpose(1, 2)  # (B, S, T)
-    picked = picked.to(v.dtype)[:, None].expand(-1, v.shape[1], -1, -1)
-    both = probabilities @ torch.cat([v, picked], dim=-1)  # (B, N, Q, d + T)
+    values = F.pad(columns.to(v.dtype), (0, 0, 0, k.shape[2] - columns.shape[1]))  # (B, S, T)
+    both = probabilities @ torch.cat([v, values[:, None].expand(-1, v.shape[1], -1, -1)], dim=-1)
     return both[..., : v.shape[-1]], both[..., v.shape[-1] :].float()
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:
-    """Positional code of (R,) numbers as (R, width) float32: cosines first, then sines.
-
-    Frequencies 10000^(-k / (width/2)), the IF UNets' time and noise level code (flip_sin_to_cos true,
-    freq_shift 0).
-    """
+    """Positional code of (R,) numbers, (R, width) float32: cosines, then sines, of falling frequency."""
     half = width // 2
     steps = torch.arange(half, dtype=torch.float32, device=positions.device)
     angles = positions.float()[:, None] * torch.exp(-math.log(10000) * steps / half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def random_weight(*shape: int, std: float) -> nn.Parameter:
+    """Normal noise to start a training from; on the meta device nothing: noise there imports 800 modules (1 s)."""
+    start = torch.empty(shape)
+    return nn.Parameter(start if start.is_meta else nn.init.normal_(start, std=std))

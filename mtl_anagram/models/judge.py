@@ -12,10 +12,7 @@ WIDTHS = (32, 64, 128, 192)
 
 
 class Judge(nn.Module):
-    """Convolutions at 32, 16, 8 and 4 pixels, their mean, and one logit per name.
-
-    names: what it tells apart, in the order of its logits.
-    """
+    """Convolutions at 32, 16, 8 and 4 pixels, their mean, and one logit for each of `names`, in their order."""
 
     def __init__(self, names: list[str], widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
@@ -34,11 +31,11 @@ class Judge(nn.Module):
         return self.head(h.mean((2, 3)))
 
     def index(self, names: list[str]) -> Tensor:
-        """Places of these names, (N,) long. Raises InputError for a name that the judge does not know."""
-        unknown = [name for name in names if name not in self.names]
+        """Places of these names, (N,) long on the CPU; InputError for a name that the judge does not know."""
+        unknown = set(names) - set(self.names)
         if unknown:
             raise InputError(f"the judge does not know {unknown}: it tells apart {', '.join(self.names)}")
-        return torch.tensor([self.names.index(name) for name in names])
+        return torch.tensor([self.names.index(name) for name in names], dtype=torch.int64, device="cpu")
 
 
 def _conv_norm(inner: int, outer: int) -> nn.Sequential:

@@ -1,305 +1,239 @@
-"""From a folder or the hub to a module: config.json and safetensors, strict, nothing built twice."""
+"""From a folder or the hub to a module in eval mode, without gradients: strict, nothing built twice.
+
+What the loaders have in common. source: a folder in the published layout, the model's own folder, or a hub id.
+variant: "fp16" takes `NAME.fp16.safetensors` or the shards that its index names. dtype None = the files' own. They
+raise ConfigError and WeightsError (ValueErrors) where a file does not fit, SourceError (an OSError) where it is not
+there or not whole. Files are memory-mapped; a pickled twin (.bin) is never read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import flag
-from ..devices import resolve_device, resolve_dtype
-from ..errors import ConfigError, InputError, SourceError, WeightsError
-from .configs import UNetConfig
-from .glide import MERGES, open_noise_clip, read_pickle
+from ..errors import ConfigError, InputError, SourceError, WeightsError, flag, read_fields
+from ..files.hub import Files, Source, open_source, read_config, read_json, require
+from ..files.shards import Shards, read_safetensors
+from .configs import Config, UNetConfig
+from .glide import CLIP_FILES, first_of, open_noise_clip, read_pickle
 from .judge import Judge
 from .noise_clip import NoiseCLIP, image_encoder_from, text_encoder_from
-from .shards import Shards
-from .sources import Files, Source, open_source, read_config, read_json, require
-from .t5 import T5Encoder
-from .t5_config import T5Config
+from .t5 import T5Config, T5Encoder
 from .t5_streamed import StreamedT5Encoder
 from .tokenizers import CLIPTokenizer, T5Tokenizer
 from .unet import UNet
 
+C = TypeVar("C", bound=Config)
 M = TypeVar("M", bound=nn.Module)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-T5_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
+Name = str | None
+Dtype = torch.dtype | str | None
+Device = torch.device | str
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FLOATS = (*DTYPES.values(), torch.float64)
+UNET_BASE, TEXT_BASE = "diffusion_pytorch_model", "model"  # how a network's weight files are called
+T5_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}  # the files hold one copy under either name
+
+
+def config_of(source: Source, subfolder: Name, kind: type[C]) -> C:
+    """A network's config.json, read without its weights."""
+    return read_config(require(open_source(source, subfolder, "config.json"), "config.json"), kind.from_dict)
+
+
+def shards_of(source: Source, subfolder: Name, base: str, variant: Name, **names: Any) -> Shards:
+    """A network's weight files, by their headers; names: `Shards`' aliases and ignored."""
+    return Shards(weight_files(open_source(source, subfolder, "config.json"), base, variant), **names)
 
 
 def load_unet(
-    source: Source,
-    *,
-    subfolder: str | None = "unet",
-    variant: str | None = None,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str = "cpu",
-) -> UNet:
-    """An IF UNet, stage I or II, in eval mode, its parameters without gradients.
-
-    source: a folder in the published layout (the model's own folder will do too) or a hub id. variant:
-    "fp16" takes `diffusion_pytorch_model.fp16.safetensors`. dtype None = the file's (the widest, if it mixes
-    several). Raises ConfigError, WeightsError (ValueErrors) and SourceError (an OSError).
-    """
+    source: Source, *, subfolder: Name = "unet", variant: Name = None, dtype: Dtype = None, device: Device = "cpu"
+) -> UNet:  # fmt: skip
+    """An IF UNet, stage I or II; of a file that mixes dtypes all is in the widest."""
     device, dtype = resolve_device(device), resolve_dtype(dtype)
-    files = open_source(source, subfolder, "config.json")
-    config = read_config(require(files, "config.json"), UNetConfig.from_dict)
-    paths = weight_files(files, "diffusion_pytorch_model", variant)
-    return assemble(lambda: UNet(config), paths, dtype=dtype, device=device, one_dtype=True)
+    config = config_of(source, subfolder, UNetConfig)
+    shards = shards_of(source, subfolder, UNET_BASE, variant)
+    return assemble(lambda: UNet(config), shards, dtype=dtype, device=device, one_dtype=True)
+
+
+def check_unet_files(source: Source, *, subfolder: Name = "unet", variant: Name = None) -> None:
+    """Whether `load_unet` would find what it needs: config, names, shapes, whole files. Reads no values."""
+    config = config_of(source, subfolder, UNetConfig)
+    check_fit(lambda: UNet(config), shards_of(source, subfolder, UNET_BASE, variant))
 
 
 def load_t5(
-    source: Source,
-    *,
-    subfolder: str | None = "text_encoder",
-    variant: str | None = None,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str = "cpu",
-    streamed: bool = False,
-) -> T5Encoder:
-    """A T5 v1.1 encoder, in eval mode, its parameters without gradients; arguments as `load_unet`'s.
+    source: Source, *, subfolder: Name = "text_encoder", variant: Name = None, dtype: Dtype = None,
+    device: Device = "cpu", streamed: bool = False,
+) -> T5Encoder:  # fmt: skip
+    """A T5 v1.1 encoder; dtype None keeps every tensor's own.
 
-    dtype None keeps every tensor's own: the published fp16 variant stores the feed-forward's output weights
-    in float32, because their products overflow in half precision. The files hold one copy of the
-    embedding, as `shared.weight` or as its alias `encoder.embed_tokens.weight`; either will do.
-
-    streamed: leave the matrices in the files and read each when a call needs it (`StreamedT5Encoder`), for a
-    machine that cannot hold the whole; dtype None is then float32 on the CPU and bfloat16 elsewhere.
+    The published fp16 variant stores the feed-forward's output weights in float32, because their products overflow
+    in half precision. streamed: leave the matrices in the files and read each when a call needs it
+    (`StreamedT5Encoder`); dtype None is then float32 on the CPU and bfloat16 elsewhere.
     """
-    device, dtype = resolve_device(device), resolve_dtype(dtype)
-    streamed = flag("streamed", streamed)
-    files = open_source(source, subfolder, "config.json")
-    config = read_config(require(files, "config.json"), T5Config.from_dict)
-    paths = weight_files(files, "model", variant)
+    device, dtype, streamed = resolve_device(device), resolve_dtype(dtype), flag("streamed", streamed)
+    config = config_of(source, subfolder, T5Config)
+    shards = shards_of(source, subfolder, TEXT_BASE, variant, aliases=T5_ALIASES)
     if streamed:
-        with torch.device("meta"):
-            expected = T5Encoder(config)
-        shards = Shards(paths, aliases=T5_ALIASES)
-        check_fit(expected, shards, shards.origin)
+        check_fit(lambda: T5Encoder(config), shards)
         return StreamedT5Encoder(config, shards, dtype=dtype, device=device)
-    return assemble(lambda: T5Encoder(config), paths, dtype=dtype, device=device, aliases=T5_ALIASES)
+    return assemble(lambda: T5Encoder(config), shards, dtype=dtype, device=device)
 
 
-def load_tokenizer(source: Source, *, subfolder: str | None = "tokenizer") -> T5Tokenizer:
-    """T5's sentencepiece tokenizer from `spiece.model` in a folder or a hub repository."""
-    return T5Tokenizer(require(open_source(source, subfolder, "spiece.model"), "spiece.model"))
+def load_tokenizer(source: Source, *, subfolder: Name = "tokenizer") -> T5Tokenizer:
+    """T5's tokenizer from `spiece.model`, else from `tokenizer.json`."""
+    try:
+        files = open_source(source, subfolder, "spiece.model")
+    except SourceError:  # the tokenizer's own folder, perhaps
+        files = open_source(source, subfolder, "tokenizer.json")
+    path = files.get("spiece.model") or files.get("tokenizer.json")
+    return T5Tokenizer(path or require(files, "spiece.model"))
 
 
 def load_noise_clip(
-    source: Source,
-    *,
-    subfolder: str | None = None,
-    merges: str | Path | None = None,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str = "cpu",
-) -> NoiseCLIP:
-    """The noise-aware CLIP from a folder with clip_image_enc and clip_text_enc, .safetensors or .pt.
+    source: Source, *, subfolder: Name = None, merges: Source | None = None, dtype: Dtype = None,
+    device: Device = "cpu",
+) -> NoiseCLIP:  # fmt: skip
+    """The noise-aware CLIP from clip_image_enc and clip_text_enc, .safetensors or .pt; sizes are the tensors'.
 
-    source "glide": GLIDE's own, downloaded once from where they were published. A folder's .pt files are read by
-    torch's weights-only unpickler and, where the folder can be written to, made .safetensors beside them at
-    the first time. Every size is read off the tensors' shapes. The byte-pair merges are the folder's
-    `merges.txt` or `bpe_simple_vocab_16e6.txt.gz` (CLIP's own), or the file that `merges` names.
+    source "glide": GLIDE's own, downloaded once from where they were published. .pt files are read by torch's
+    weights-only unpickler. The byte-pair merges are the folder's `merges.txt` or `bpe_simple_vocab_16e6.txt.gz`
+    (CLIP's own), or the file that `merges` names.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     files = open_noise_clip(source, subfolder)
 
-    def tower(name: str, build: Callable[[Mapping[str, Tensor]], M]) -> M:
-        state, origin = _clip_state(files, name)
-        try:
-            module = build(state)
-        except WeightsError as error:
-            raise WeightsError(f"{origin}: {error}; take the file from a whole release") from error
-        return _fill(module, state, origin, dtype=dtype, device=device, one_dtype=True)
-
-    image, text = tower("clip_image_enc", image_encoder_from), tower("clip_text_enc", text_encoder_from)
-    if merges is None:
-        found = next((path for path in map(files.get, MERGES) if path is not None), None)
-        if found is None:
+    def there(names: tuple[str, ...]) -> Path:
+        if (path := first_of(files, names)) is None:
             raise SourceError(
-                f"{files} has none of {', '.join(MERGES)}: put CLIP's byte-pair merges there, or name the file "
-                "with merges="
+                f"{files} has none of {', '.join(names)}: {files.listing()}; put one of them there"
             )
-        merges = found
-    return NoiseCLIP(image, text, CLIPTokenizer(merges))
+        return path
+
+    def tower(path: Path, build: Callable[[Mapping[str, Tensor]], M]) -> M:
+        state = read_pickle(path) if path.suffix == ".pt" else read_safetensors(path)
+        try:
+            return assemble(lambda: build(state), state, dtype=dtype, device=device, one_dtype=True)
+        except InputError as error:
+            raise WeightsError(f"{path}: {error}; take the file from a whole release") from error
+
+    image, text, own = CLIP_FILES
+    towers = tower(there(image), image_encoder_from), tower(there(text), text_encoder_from)
+    return NoiseCLIP(*towers, CLIPTokenizer(Path(merges or there(own))))
 
 
 def load_judge(
-    source: Source,
-    *,
-    subfolder: str | None = "judge",
-    dtype: torch.dtype | str | None = torch.float32,
-    device: torch.device | str = "cpu",
+    source: Source, *, subfolder: Name = "judge", dtype: Dtype = torch.float32, device: Device = "cpu"
 ) -> Judge:
-    """A judge from a folder or hub id with judge.safetensors and judge.json (its names), in eval mode.
-
-    Raises SourceError where a file is missing, WeightsError or ConfigError where one does not fit.
-    """
+    """A judge from judge.safetensors and judge.json (its names)."""
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     files = open_source(source, subfolder, "judge.json")
-
-    def names(config: dict[str, Any]) -> list[str]:
-        found = config.get("names")
-        if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
-            raise ConfigError(f"names={found!r} must be a list of names")
-        return found
-
-    known = read_config(require(files, "judge.json"), names)
-    return assemble(lambda: Judge(known), [require(files, "judge.safetensors")], dtype=dtype, device=device)
+    read: dict[str, Any] = {"names": tuple[str, ...]}
+    parse = functools.partial(read_fields, owner="a judge", read=read, required=["names"], unused=None)
+    known = read_config(require(files, "judge.json"), parse)["names"]
+    if not known:
+        raise ConfigError(f"{files}: judge.json has names=[]; take the file from a whole release")
+    shards = Shards([require(files, "judge.safetensors")])
+    return assemble(lambda: Judge(known), shards, dtype=dtype, device=device)
 
 
-def index_names(base: str, variant: str | None) -> list[str]:
+def index_names(base: str, variant: Name) -> list[str]:
     """What a sharded model's index may be called: transformers' and diffusers' ways."""
     dot = "" if variant is None else f".{variant}"
     return list(dict.fromkeys((f"{base}.safetensors.index{dot}.json", f"{base}{dot}.safetensors.index.json")))
 
 
-def weight_files(files: Files, base: str, variant: str | None) -> list[Path]:
-    """The safetensors files of a model: one, or the shards that an index names.
-
-    Looks for `base.safetensors` or `base.VARIANT.safetensors`, then for the index under the names that
-    diffusers and transformers write. A pickled twin (.bin) is never read.
-    """
+def weight_files(files: Files, base: str, variant: Name) -> list[Path]:
+    """The safetensors files of a model: one, or the shards that an index names."""
     if variant is not None and (not isinstance(variant, str) or not variant.isidentifier()):
         raise InputError(f"variant={variant!r} must be a word such as 'fp16', or None")
-    dot = "" if variant is None else f".{variant}"
-    whole = f"{base}{dot}.safetensors"
-    path = files.get(whole)
-    if path is not None:
+    whole = f"{base}.safetensors" if variant is None else f"{base}.{variant}.safetensors"
+    if (path := files.get(whole)) is not None:
         return [path]
-    for index_name in index_names(base, variant):
-        index = files.get(index_name)
-        if index is None:
-            continue
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise SourceError(f"{index} has no weight_map that names the shards; download it again")
-        shards = sorted({str(shard) for shard in weight_map.values()})
-        for shard in shards:
-            if Path(shard).name != shard:
-                raise SourceError(f"{index} names the shard {shard!r}; a plain file name is expected")
-        return [require(files, shard) for shard in shards]
-    hint = "" if variant is None else "; for the files without a variant, leave variant out"
-    if files.get(f"{base}{dot}.bin") or files.get(f"pytorch_{base}{dot}.bin"):
-        hint = "; the pickled .bin is not read: convert it to safetensors"
-    raise SourceError(f"{files} has no {whole} and no index of its shards: {files.listing()}{hint}")
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, memory-mapped; SourceError where it is truncated or something else."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    index = first_of(files, index_names(base, variant))
+    if index is None:
         raise SourceError(
-            f"{path} is not a whole safetensors file ({error}); delete it and download it again"
-        ) from error
+            f"{files} has no {whole} and no index of its shards (a pickled .bin is not read): {files.listing()}; "
+            "leave variant out for the files without one, or convert the weights to safetensors"
+        )
+    weight_map = read_json(index).get("weight_map")
+    shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else set()
+    if not shards or any(Path(shard).name != shard for shard in shards):
+        raise SourceError(f"{index} has no weight_map of plain file names, the shards'; download it again")
+    return [require(files, shard) for shard in sorted(shards)]
 
 
-def check_unet_files(source: Source, *, subfolder: str | None = "unet", variant: str | None = None) -> None:
-    """Whether `load_unet` would find what it needs: config, names, shapes, whole files. Reads no values."""
-    files = open_source(source, subfolder, "config.json")
-    with torch.device("meta"):
-        unet = UNet(read_config(require(files, "config.json"), UNetConfig.from_dict))
-    paths = weight_files(files, "diffusion_pytorch_model", variant)
-    shards = Shards(paths)
-    check_fit(unet, shards, shards.origin)
-
-
+@torch.inference_mode(False)
+@torch.no_grad()
 def assemble(
-    build: Callable[[], M],
-    paths: list[Path],
-    *,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    aliases: Mapping[str, str] | None = None,
+    build: Callable[[], M], state: Mapping[str, Tensor], *, dtype: torch.dtype | None, device: torch.device,
     one_dtype: bool = False,
-    ignored: Collection[str] = (),
-) -> M:
+) -> M:  # fmt: skip
     """Build a module on the meta device and give it the files' tensors, strictly.
 
-    aliases: other names for the module's tensors. ignored: tensors by name that the files may hold besides.
+    dtype None = every tensor's own, or with one_dtype the widest of them.
     """
-    state: dict[str, Tensor] = {}
-    for path in paths:
-        for name, tensor in read_safetensors(path).items():
-            name = (aliases or {}).get(name, name)
-            if name in ignored:
-                continue
-            if name in state and not torch.equal(state[name], tensor):
-                raise WeightsError(f"{path} holds {name} a second time, with other values; download it again")
-            state[name] = tensor
-    with torch.device("meta"):
-        module = build()
-    origin = str(paths[0] if len(paths) == 1 else paths[0].parent)
-    return _fill(module, state, origin, dtype=dtype, device=device, one_dtype=one_dtype)
-
-
-def _fill(
-    module: M,
-    state: dict[str, Tensor],
-    origin: str,
-    *,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    one_dtype: bool = False,
-) -> M:
-    check_fit(module, state, origin)
+    module = check_fit(build, state)
     if dtype is None and one_dtype:
-        dtype = next(iter(state.values())).dtype
-        for tensor in state.values():
-            dtype = torch.promote_types(dtype, tensor.dtype)
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
     placed = {}
     for name, tensor in state.items():
-        cast = tensor.to(device=device, dtype=dtype or tensor.dtype)
-        if not torch.isfinite(cast).all():
-            reason = "it is damaged: download it again"
-            if torch.isfinite(tensor).all():
-                reason = f"its values overflow {cast.dtype}: load in float32 or bfloat16"
-            raise WeightsError(f"{origin}: {name} is not finite; {reason}")
-        placed[name] = cast
+        cast = placed[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        if not cast.isfinite().all():
+            overflow = f"its values overflow {cast.dtype}: load in float32 or bfloat16"
+            reason = overflow if tensor.isfinite().all() else "it is damaged: download it again"
+            raise WeightsError(f"{_origin(state)}: {name} is not finite; {reason}")
     module.load_state_dict(placed, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def check_fit(module: nn.Module, state: Mapping[str, Any], origin: str) -> None:
-    """WeightsError unless a state (tensors, or entries of files) has exactly the module's names and shapes."""
-    expected = module.state_dict()
-    problems = [
-        *_listed("missing", [name for name in expected if name not in state]),
-        *_listed("unexpected", [name for name in state if name not in expected]),
-        *_listed(
-            "misshapen",
-            [
-                f"{name} {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-                for name, tensor in expected.items()
-                if name in state and state[name].shape != tensor.shape
-            ],
-        ),
-        *_listed("not floating", [f"{n} {t.dtype}" for n, t in state.items() if t.dtype not in FLOATS]),
-    ]
-    if problems:
-        raise WeightsError(
-            f"{origin} does not fit {type(module).__name__} as its config describes it: {'; '.join(problems)}. "
-            "Take config and weights from the same release"
-        )
+def _origin(state: Mapping[str, Tensor]) -> str:
+    return state.origin if isinstance(state, Shards) else "the file"
 
 
-def _listed(kind: str, names: list[str]) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return [f"{len(names)} tensors {kind}: {', '.join(names[:4])}{more}"]
+def check_fit(build: Callable[[], M], state: Mapping[str, Tensor]) -> M:
+    """The module on the meta device; WeightsError unless floating tensors have exactly its names and shapes."""
+    with torch.device("meta"):
+        module = build()
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [f"missing: {name}" for name in expected if name not in found]
+    wrong += [f"unexpected: {name}" for name in found if name not in expected]
+    both = [name for name in found if name in expected]
+    wrong += [f"misshapen: {n} {found[n]}, expected {expected[n]}" for n in both if found[n] != expected[n]]
+    wrong += [f"not floating: {n} {state[n].dtype}" for n in both if state[n].dtype not in FLOATS]
+    if wrong:
+        said = f"as its config describes it: {len(wrong)} tensors differ, {'; '.join(wrong[:6])}"
+        remedy = "Take config and weights from the same release"
+        raise WeightsError(f"{_origin(state)} does not fit {type(module).__name__} {said}. {remedy}")
+    return module
 
 
-def _clip_state(files: Files, name: str) -> tuple[dict[str, Tensor], str]:
-    path = files.get(f"{name}.safetensors")
-    if path is not None:
-        return read_safetensors(path), str(path)
-    path = files.get(f"{name}.pt")
-    if path is None:
-        raise SourceError(f"{files} has neither {name}.safetensors nor {name}.pt: {files.listing()}")
-    return read_pickle(path), str(path)
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """A device that is there. None = the best there is: CUDA, then MPS, then the CPU."""
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cuda"] * bool(cuda) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if device is None:
+        return torch.device(there[0])
+    # By their names: torch counts modulo 256, cuda:256 would be cuda:0.
+    there += [f"cuda:{i}" for i in range(cuda)]
+    if not isinstance(device, str | torch.device) or str(device) not in (
+        *there,
+        "cpu:0",
+        *["mps:0"] * ("mps" in there),
+    ):
+        said = f"which has {cuda} CUDA devices: use {', '.join(map(repr, there))}, or None for the best"
+        raise InputError(f"device={device!r} is not on this machine, {said}")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating dtype by name or as it is; None stays None."""
+    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and resolved not in DTYPES.values():
+        raise InputError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}, or None")
+    return resolved

@@ -1,28 +1,66 @@
-"""The T5 v1.1 encoder that IF reads its prompts with, under the published checkpoints' parameter names."""
+"""The T5 v1.1 encoder that IF reads its prompts with, under the published checkpoints' parameter names.
+
+Shapes: B texts, L tokens, D width, N heads of size d. The residual stream x (B, L, D) and what is added to it are
+float32; bias (1 or B, N, L, L) is in the query weights' dtype.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import InputError
-from .attention import attention
-from .t5_config import T5Config
+from ..errors import ConfigError, InputError
+from .attention import multi_head, random_weight
+from .configs import Config
+
+# Fields of which one value is implemented: T5 v1.1's. A file without feed_forward_proj means the ReLU of T5 v1.0.
+FIXED: dict[str, Any] = {
+    "model_type": "t5", "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True
+}  # fmt: skip
+# What transformers' T5EncoderModel reads besides.
+NOTES: dict[str, Any] = {
+    "architectures": ["T5EncoderModel"], "dropout_rate": 0.0, "eos_token_id": 1, "is_encoder_decoder": False,
+    "pad_token_id": 0, "tie_word_embeddings": False, "use_cache": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class T5Config(
+    Config, owner="T5 v1.1", fixed=FIXED, required=["feed_forward_proj"], unused=None, notes=NOTES
+):
+    """Sizes of a T5 v1.1 encoder, by the names of the published config.json; d_kv is the size of one head."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int = 32  # half of them for each direction
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    def check(self) -> None:
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets % 2 or buckets < 4 or distance <= buckets // 4:
+            raise ConfigError(
+                f"relative_attention_num_buckets={buckets} must be even and at least 4, and "
+                f"relative_attention_max_distance={distance} above a quarter of it"
+            )
 
 
 class T5Encoder(nn.Module):
     """Token ids to text states: pre-norm blocks of self-attention and a gated feed-forward, no biases.
 
-    As published (Raffel et al. 2020, v1.1 with the tanh-approximated gated GELU): logits are not divided by
-    sqrt(d), and one table of relative position biases, the first block's, serves every block. There is no
-    dropout. The residual stream is float32 whatever the weights' dtype, because the feed-forward's sums
-    exceed half precision's range; each matrix product runs in its own weight's dtype, so a file that mixes
-    half and float32 weights works as it is.
+    As published (Raffel et al. 2020): logits are not divided by sqrt(d), and one table of relative position biases,
+    the first block's, serves every block. The residual stream is float32 because the feed-forward's sums exceed half
+    precision's range; each matrix product runs in its own weight's dtype, so a file may mix half and float32 weights.
     """
 
     def __init__(self, config: T5Config) -> None:
@@ -48,37 +86,35 @@ class T5Encoder(nn.Module):
         return self.encoder(stream, mask).to(self.dtype)
 
     def _check(self, ids: Tensor, mask: Tensor | None) -> None:
-        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
-            kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-            raise InputError(f"ids must be a tensor of integers (B, L), not {kind}; use the tokenizer's")
-        if ids.ndim != 2 or ids.shape[1] == 0:
-            raise InputError(f"ids {tuple(ids.shape)} must be (B, L) with L at least 1")
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
-                kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise InputError(f"mask must be a bool or integer tensor, 1 = keep, not {kind}")
-            if mask.shape != ids.shape:
-                raise InputError(f"mask {tuple(mask.shape)} must have ids' shape {tuple(ids.shape)}")
-        if ids.device.type != "meta" and ids.numel():
-            low, high = (int(bound) for bound in ids.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise InputError(
-                    f"ids run from {low} to {high}, but the vocabulary has {self.config.vocab_size} entries: "
-                    "use the tokenizer that belongs to this model"
-                )
+        given, size = [ids] if mask is None else [ids, mask], self.config.vocab_size
+        fits = all(
+            isinstance(x, Tensor) and not x.is_floating_point() and x.shape == ids.shape for x in given
+        )
+        if not fits or ids.ndim != 2 or not ids.shape[1]:
+            found = [
+                f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in given
+            ]
+            raise InputError(
+                f"ids and mask are {' and '.join(found)}: give tensors of integers (B, L), L at least 1, both of one "
+                "shape, mask 1 = keep, 0 = padding"
+            )
+        if not ids.is_meta and not ((ids >= 0) & (ids < size)).all():
+            raise InputError(
+                f"ids run from {ids.min()} to {ids.max()}, but the vocabulary has {size} entries: use the tokenizer "
+                "that belongs to this model"
+            )
 
 
 class Stack(nn.Module):
-    """The blocks and the last norm (`encoder.` in the checkpoints)."""
+    """The blocks and the last norm (`encoder.` in the checkpoints); mask (B, L) or None."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.max_distance = config.relative_attention_max_distance
         self.block = nn.ModuleList(Block(config, first=i == 0) for i in range(config.num_layers))
-        self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.final_layer_norm = RMSNorm(config)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, L, D) float32, mask (B, L) or None -> normed states (B, L, D) float32."""
         bias = self.bias(x.shape[1], mask)
         for block in self.block:
             x = block(x, bias)
@@ -97,35 +133,23 @@ class Stack(nn.Module):
         bias = rearrange(F.embedding(buckets, table), "q k n -> 1 n q k").to(first.q.weight.dtype)
         if mask is None:
             return bias
-        padding = mask.logical_not()[:, None, None, :]
-        return bias.masked_fill(padding, torch.finfo(bias.dtype).min)
+        return bias.masked_fill(mask.logical_not()[:, None, None, :], torch.finfo(bias.dtype).min)
 
 
 class Block(nn.Module):
-    """Self-attention, then feed-forward, each added to the stream."""
+    """Self-attention, then feed-forward, each with its norm before it and added to the stream."""
 
     def __init__(self, config: T5Config, *, first: bool) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([AttentionLayer(config, first=first), FeedForwardLayer(config)])
+        parts = {"SelfAttention": SelfAttention(config, first=first), "DenseReluDense": GatedGELU(config)}
+        self.layer = nn.ModuleList(
+            nn.ModuleDict({name: part, "layer_norm": RMSNorm(config)}) for name, part in parts.items()
+        )
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x (B, L, D) float32, bias (1 or B, N, L, L) -> (B, L, D) float32."""
-        for layer in self.layer:
-            x = x + layer(x, bias)
-        return x
-
-
-class AttentionLayer(nn.Module):
-    """Norm and self-attention, without the residual."""
-
-    def __init__(self, config: T5Config, *, first: bool) -> None:
-        super().__init__()
-        self.SelfAttention = SelfAttention(config, first=first)
-        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x (B, L, D), bias (1 or B, N, L, L) -> (B, L, D) in x's dtype."""
-        return self.SelfAttention(self.layer_norm(x), bias).to(x.dtype)
+        attend, feed = cast("list[nn.ModuleDict]", self.layer)
+        x = x + attend["SelfAttention"](attend["layer_norm"](x), bias)
+        return x + feed["DenseReluDense"](feed["layer_norm"](x))
 
 
 class SelfAttention(nn.Module):
@@ -133,35 +157,17 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: T5Config, *, first: bool) -> None:
         super().__init__()
-        inner = config.num_heads * config.d_kv
-        self.heads = config.num_heads
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.heads, width, inner = config.num_heads, config.d_model, config.num_heads * config.d_kv
+        self.q = nn.Linear(width, inner, bias=False)
+        self.k = nn.Linear(width, inner, bias=False)
+        self.v = nn.Linear(width, inner, bias=False)
+        self.o = nn.Linear(inner, width, bias=False)
         if first:
             self.relative_attention_bias = _embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x (B, L, D), bias (1 or B, N, L, L) in the query weights' dtype -> (B, L, D)."""
-        q, k, v = (
-            rearrange(_linear(x, layer), "b l (n d) -> b n l d", n=self.heads).to(bias.dtype)
-            for layer in (self.q, self.k, self.v)
-        )
-        return _linear(rearrange(attention(q, k, v, mask=bias, scale=1.0), "b n l d -> b l (n d)"), self.o)
-
-
-class FeedForwardLayer(nn.Module):
-    """Norm and gated feed-forward, without the residual."""
-
-    def __init__(self, config: T5Config) -> None:
-        super().__init__()
-        self.DenseReluDense = GatedGELU(config)
-        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (B, L, D) -> (B, L, D) in x's dtype; the bias is the attention's and is not read."""
-        return self.DenseReluDense(self.layer_norm(x))
+        q, k, v = (_linear(x, layer).to(bias.dtype) for layer in (self.q, self.k, self.v))
+        return _linear(multi_head(q, k, v, self.heads, mask=bias, scale=1.0), self.o).to(x.dtype)
 
 
 class GatedGELU(nn.Module):
@@ -174,7 +180,6 @@ class GatedGELU(nn.Module):
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D) float32 -> (B, L, D) float32."""
         gate = F.gelu(_linear(x, self.wi_0).to(x.dtype), approximate="tanh")
         hidden = gate * _linear(x, self.wi_1).to(x.dtype)  # (B, L, F)
         if self.wo.weight.dtype != torch.float16:
@@ -187,27 +192,25 @@ class GatedGELU(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, no mean taken off, in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight, no mean taken off."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = config.layer_norm_epsilon
+        self.weight = nn.Parameter(torch.ones(config.d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) float32 -> (..., D) float32."""
         return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight.to(x.dtype)
 
 
 def position_buckets(length: int, buckets: int, max_distance: int) -> Tensor:
     """Bucket of each pair of positions, (L, L) long on the CPU: row = query, column = key.
 
-    Keys at or before the query use the first half of the buckets, keys after it the second. In each half the
-    first distances have a bucket of their own (a quarter of all buckets), farther ones share buckets that
-    widen logarithmically, and max_distance and beyond share the last (Raffel et al. 2020, section 2.1).
-    Computed on the CPU, so that a distance on a bucket's edge falls on the same side on every device.
+    Keys after the query use the second half of the buckets. In each half the first distances have a bucket of their
+    own, farther ones share buckets that widen logarithmically, and max_distance and beyond share the last (Raffel et
+    al. 2020, section 2.1). On the CPU, so that a bucket's edge falls on the same side on every device.
     """
-    positions = torch.arange(length)
+    positions = torch.arange(length, device="cpu")
     offsets = positions[None, :] - positions[:, None]  # key - query
     half, distances = buckets // 2, offsets.abs()
     exact = half // 2
@@ -217,9 +220,7 @@ def position_buckets(length: int, buckets: int, max_distance: int) -> Tensor:
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """nn.Embedding, but quick on the meta device, where its random start imports 800 modules (0.8 s, 70 MB)."""
-    table = torch.empty(rows, width)
-    return nn.Embedding(rows, width, _weight=table if table.is_meta else nn.init.normal_(table))
+    return nn.Embedding(rows, width, _weight=random_weight(rows, width, std=1.0))
 
 
 def _linear(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -1,19 +1,28 @@
-"""The parts of the IF UNet: embeddings, resnets, joint attention, the levels; and what a text becomes in them."""
+"""The parts of the UNets: embeddings, resnets, the levels and their order; the IF UNet's joint attention and text.
+
+Shapes: R rows, C channels, H W pixels, L text tokens, D width, N heads of size d; emb (R, time width) is activated.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import attention, attention_with_columns, sinusoids
-from .configs import CROSS_NORM_GROUPS, UNetConfig
+from ..errors import InputError
+from .attention import attention, attention_with_columns, multi_head, random_weight, sinusoids, split
+from .configs import CROSS_NORM_GROUPS, UNetConfig, UNetSizes
 
 Span = tuple[int, int]
+Number = int | Tensor
+Activation = Callable[[Tensor], Tensor]
+MIDDLE = "middle"  # the middle block's kind
 
 
 @dataclass(frozen=True)
@@ -32,74 +41,72 @@ class TextContext:
         return self.pooled.shape[0]
 
     def __getitem__(self, rows: slice) -> TextContext:
-        return TextContext(
-            self.pooled[rows],
-            {name: k[rows] for name, k in self.keys.items()},
-            {name: v[rows] for name, v in self.values.items()},
-        )
+        keys, values = ({n: x[rows] for n, x in part.items()} for part in (self.keys, self.values))
+        return TextContext(self.pooled[rows], keys, values)
 
-    @property
-    def length(self) -> int:
-        """L, the number of text tokens."""
-        return next(iter(self.keys.values())).shape[2]
+    def columns(self, spans: Sequence[Span] | Span) -> Tensor:
+        """Which tokens each row asks the maps of, for `UNet.text_maps`: once a run, whatever the number of steps.
+
+        spans: half-open token ranges (start, stop), one for all rows or one per row. Returns (R, L, T) float32, 1
+        where token l is row r's t-th, T the longest range; `columns[a:b]` are some of the rows.
+        """
+        rows, tokens = len(self), next(iter(self.keys.values())).shape[2]
+        one = len(spans) == 2 and all(isinstance(end, int) for end in spans)
+        ranges = cast("Sequence[Span]", [spans] * rows if one else spans)
+        if len(ranges) != rows or not all(0 <= start < stop <= tokens for start, stop in ranges):
+            raise InputError(
+                f"spans={spans!r}: give one token range (start, stop) or {rows}, one per row, with "
+                f"0 <= start < stop <= {tokens} tokens"
+            )
+        longest = max(stop - start for start, stop in ranges)
+        picked = torch.zeros(rows, tokens, longest, dtype=torch.float32, device="cpu")
+        for row, (start, stop) in enumerate(ranges):
+            picked[row, start:stop].fill_diagonal_(1)
+        return picked.to(self.pooled.device)
 
 
+@dataclass
 class Recorder:
-    """Collects the asked columns of the wanted layers' softmax during one forward pass."""
+    """Collects the asked columns (R, L, T) of the wanted layers' softmax during one forward pass."""
 
-    def __init__(self, wanted: set[str], spans: Sequence[Span], device: torch.device) -> None:
-        self.wanted = wanted
-        self.maps: dict[str, Tensor] = {}
-        longest = max(stop - start for start, stop in spans)
-        offsets = torch.arange(longest, device=device)
-        starts = torch.tensor([start for start, _ in spans], device=device)
-        stops = torch.tensor([stop for _, stop in spans], device=device)
-        self.keep = (starts[:, None] + offsets < stops[:, None]).float()  # (R, T)
-        self.columns = torch.minimum(starts[:, None] + offsets, stops[:, None] - 1)  # (R, T)
-
-    @property
-    def complete(self) -> bool:
-        return len(self.maps) == len(self.wanted)
+    wanted: set[str]
+    columns: Tensor
+    maps: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TimestepEmbedding(nn.Module):
-    """Two layers on the sinusoidal code of a time or a noise level, exact GELU between."""
+    """Two layers on the sinusoidal code of a time or a noise level, (R,) -> (R, width)."""
 
-    def __init__(self, in_width: int, width: int) -> None:
+    def __init__(self, in_width: int, width: int, act: Activation = F.gelu) -> None:
         super().__init__()
+        self.act = act
         self.linear_1 = nn.Linear(in_width, width)
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, positions: Tensor) -> Tensor:
-        """(R,) numbers -> (R, width)."""
         code = sinusoids(positions, self.linear_1.in_features).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.gelu(self.linear_1(code)))
+        return self.linear_2(self.act(self.linear_1(code)))
 
 
 class AttentionPooling(nn.Module):
-    """One vector of a text: its mean attends over itself and the tokens."""
+    """One vector of a text: its mean attends over itself and the tokens, (R, L, D) -> (R, D)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.positional_embedding = nn.Parameter(torch.randn(1, width) / width**0.5)
+        self.heads = heads
+        self.positional_embedding = random_weight(1, width, std=width**-0.5)
         self.k_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
-        self.heads = heads
 
     def forward(self, text: Tensor) -> Tensor:
-        """(R, L, D) -> (R, D)."""
         mean = text.mean(dim=1, keepdim=True) + self.positional_embedding.to(text.dtype)  # (R, 1, D)
         tokens = torch.cat([mean, text], dim=1)  # (R, 1 + L, D)
-        q, k, v = (
-            rearrange(part, "r l (n d) -> r n l d", n=self.heads)
-            for part in (self.q_proj(mean), self.k_proj(tokens), self.v_proj(tokens))
-        )
-        return rearrange(attention(q, k, v), "r n 1 d -> r (n d)")
+        return multi_head(self.q_proj(mean), self.k_proj(tokens), self.v_proj(tokens), self.heads)[:, 0]
 
 
 class TextTimeEmbedding(nn.Module):
-    """The raw text states as one addition to the time embedding."""
+    """The raw text states as one addition to the time embedding, (R, L, D) -> (R, width)."""
 
     def __init__(self, text_width: int, width: int, heads: int) -> None:
         super().__init__()
@@ -109,51 +116,59 @@ class TextTimeEmbedding(nn.Module):
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, text: Tensor) -> Tensor:
-        """(R, L, D) -> (R, width)."""
         return self.norm2(self.proj(self.pool(self.norm1(text))))
 
 
 class Resnet(nn.Module):
-    """Two convolutions with time's scale and shift between; resampling, where asked, happens inside."""
+    """Two convolutions with time's part between; resampling, where asked, happens inside.
+
+    plain: as in Stable Diffusion, SiLU and a time that is added; else IF's, GELU and time's scale and shift.
+    """
 
     def __init__(
-        self, in_width: int, width: int, config: UNetConfig, *, out_scale: float, resample: str | None = None
-    ) -> None:
+        self, in_width: int, width: int, config: UNetSizes, *, out_scale: float = 1.0,
+        resample: str | None = None, plain: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.out_scale, self.resample, self.plain = out_scale, resample, plain
+        self.act: Activation = F.silu if plain else F.gelu
         groups, eps = config.norm_num_groups, config.norm_eps
         self.norm1 = nn.GroupNorm(groups, in_width, eps=eps)
         self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
-        self.time_emb_proj = nn.Linear(config.time_width, 2 * width)
+        self.time_emb_proj = nn.Linear(config.time_width, width if plain else 2 * width)
         self.norm2 = nn.GroupNorm(groups, width, eps=eps)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        if in_width != width:
-            self.conv_shortcut = nn.Conv2d(in_width, width, 1)
-        self.has_shortcut = in_width != width
-        self.out_scale = out_scale
-        self.resample = resample
+        self.conv_shortcut = nn.Identity() if in_width == width else nn.Conv2d(in_width, width, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (R, C, H, W), emb (R, time width), activated -> (R, C', H', W')."""
-        h = F.gelu(self.norm1(x))
+        h = self.act(self.norm1(x))
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.resample == "up":
             h, x = F.interpolate(h, scale_factor=2.0), F.interpolate(x, scale_factor=2.0)
-        h = self.conv1(h)
-        scale, shift = self.time_emb_proj(emb)[:, :, None, None].chunk(2, dim=1)  # each (R, C', 1, 1)
-        h = self.conv2(F.gelu(self.norm2(h) * (1 + scale) + shift))
-        if self.has_shortcut:
-            x = self.conv_shortcut(x)
-        h = x + h
+        h, time = self.conv1(h), self.time_emb_proj(emb)[:, :, None, None]
+        if self.plain:
+            h = self.norm2(h + time)
+        else:
+            scale, shift = time.chunk(2, dim=1)  # each (R, C, 1, 1)
+            h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv_shortcut(x) + self.conv2(self.act(h))
         return h if self.out_scale == 1 else h / self.out_scale
 
 
-class JointAttention(nn.Module):
+class NamedAttention(nn.Module):
+    """An attention layer that knows its own path in the UNet, by which a text's keys and values are kept."""
+
+    name = ""
+
+
+class JointAttention(NamedAttention):
     """Pixels attend to the text's tokens and to all pixels in one softmax; the text's keys come first."""
 
     def __init__(self, width: int, config: UNetConfig) -> None:
         super().__init__()
         cross = config.cross_attention_dim
+        self.heads = width // config.attention_head_dim
         self.group_norm = nn.GroupNorm(config.norm_num_groups, width)
         self.norm_cross = nn.GroupNorm(CROSS_NORM_GROUPS, cross)
         self.to_q = nn.Linear(width, width)
@@ -162,11 +177,6 @@ class JointAttention(nn.Module):
         self.add_k_proj = nn.Linear(cross, width)
         self.add_v_proj = nn.Linear(cross, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
-        self.heads = width // config.attention_head_dim
-        self.name = ""  # set by the UNet: the module's own path
-
-    def _split(self, states: Tensor) -> Tensor:
-        return rearrange(states, "r l (n d) -> r n l d", n=self.heads)
 
     def prepare(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Projected text (R, L, cross) -> keys and values (R, N, L, d).
@@ -174,17 +184,16 @@ class JointAttention(nn.Module):
         The norm's statistics run over a group's channels and all L tokens, padding included, as published.
         """
         text = self.norm_cross(text.transpose(1, 2)).transpose(1, 2)
-        return self._split(self.add_k_proj(text)), self._split(self.add_v_proj(text))
+        return split(self.add_k_proj(text), self.heads), split(self.add_v_proj(text), self.heads)
 
-    def forward(self, x: Tensor, context: TextContext, recorder: Recorder | None) -> Tensor:
-        """x (R, C, H, W) -> (R, C, H, W)."""
+    def forward(self, x: Tensor, context: TextContext, recorder: Recorder | None = None) -> Tensor:
         height, width = x.shape[-2:]
         pixels = rearrange(self.group_norm(x), "r c h w -> r (h w) c")
-        q = self._split(self.to_q(pixels))
-        k = torch.cat([context.keys[self.name], self._split(self.to_k(pixels))], dim=2)
-        v = torch.cat([context.values[self.name], self._split(self.to_v(pixels))], dim=2)
+        q, k, v = (split(layer(pixels), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
+        k = torch.cat([context.keys[self.name], k], dim=2)
+        v = torch.cat([context.values[self.name], v], dim=2)
         if recorder is not None and self.name in recorder.wanted:
-            out, chosen = attention_with_columns(q, k, v, recorder.columns, recorder.keep)
+            out, chosen = attention_with_columns(q, k, v, recorder.columns)
             recorder.maps[self.name] = rearrange(chosen, "r n (h w) t -> r n h w t", h=height)
         else:
             out = attention(q, k, v)
@@ -193,41 +202,108 @@ class JointAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One level of the down or up path: resnets, each followed by attention where the level has it.
+    """One level: resnets, each followed by attention, the first alone in the middle block, or none by its kind.
 
-    The resampling resnet, if any, is `downsamplers.0` or `upsamplers.0`. The up path hands every resnet the
-    skip of its level.
+    The resampling module, if any, is `downsamplers.0` or `upsamplers.0`. The up path hands every resnet the skip of
+    its level. resnet, attend and resampler make the parts.
     """
 
     def __init__(
-        self, in_widths: Sequence[int], width: int, config: UNetConfig, *, attend: bool, resample: str | None
-    ) -> None:
+        self, in_widths: Sequence[int], kind: str, resample: str | None, *, resnet: Callable[[int], nn.Module],
+        attend: Callable[[], nn.Module], resampler: Callable[[], nn.Module],
+    ) -> None:  # fmt: skip
         super().__init__()
-        out_scale = config.resnet_out_scale_factor
-        if attend:
-            self.attentions = nn.ModuleList([JointAttention(width, config) for _ in in_widths])
-        self.resnets = nn.ModuleList([Resnet(w, width, config, out_scale=out_scale) for w in in_widths])
-        if resample is not None:
-            resampler = Resnet(width, width, config, out_scale=out_scale, resample=resample)
-            setattr(self, f"{resample}samplers", nn.ModuleList([resampler]))
-        self.attend = attend
         self.resample = resample
+        count = 1 if kind == MIDDLE else len(in_widths) if "Attn" in kind else 0
+        self.attentions = nn.ModuleList([attend() for _ in range(count)])
+        self.resnets = nn.ModuleList([resnet(width) for width in in_widths])
+        if resample is not None:
+            setattr(self, f"{resample}samplers", nn.ModuleList([resampler()]))
 
-    def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    def layers(self) -> list[tuple[nn.Module, nn.Module | None]]:
         """The level's resnets, each with its attention or None."""
-        attentions = self.attentions if self.attend else [None] * len(self.resnets)
-        yield from zip(self.resnets, attentions, strict=True)
+        return list(zip_longest(self.resnets, self.attentions))
 
     @property
     def resampler(self) -> nn.Module | None:
         return None if self.resample is None else getattr(self, f"{self.resample}samplers")[0]
 
 
-class MidBlock(nn.Module):
-    """The coarsest level between the two paths: resnet, attention, resnet."""
+class UNetBase(nn.Module):
+    """What the UNets of all stages share: the levels, their order, and the checks of a call."""
 
-    def __init__(self, width: int, config: UNetConfig) -> None:
+    def __init__(self, config: UNetSizes) -> None:
         super().__init__()
-        scale = config.mid_block_scale_factor
-        self.attentions = nn.ModuleList([JointAttention(width, config)])
-        self.resnets = nn.ModuleList([Resnet(width, width, config, out_scale=scale) for _ in range(2)])
+        self.sizes = config
+        self.conv_in = nn.Conv2d(config.in_channels, config.block_out_channels[0], 3, padding=1)
+
+    def add_levels(
+        self, layers: Sequence[int], level: Callable[[list[int], int, str, str | None], Block]
+    ) -> None:
+        """Everything after the embeddings; level(widths in, place, kind, resample) makes a level's block."""
+        config, widths = self.sizes, self.sizes.block_out_channels
+        last, h = len(widths) - 1, widths[-1]
+        skips = [widths[0]]  # widths of what the down path hands over, in order
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        for i, kind in enumerate(config.down_block_types):
+            inner, resample = [skips[-1]] + [widths[i]] * (layers[i] - 1), "down" if i < last else None
+            self.down_blocks.append(level(inner, i, kind, resample))
+            skips += [widths[i]] * (layers[i] + (resample is not None))
+        for i, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
+            inner = [(widths[i] if j else h) + skips.pop() for j in range(layers[i] + 1)]
+            h = widths[i]
+            self.up_blocks.append(level(inner, i, kind, "up" if i else None))
+        self.mid_block = level([widths[-1]] * 2, last, MIDDLE, None)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        for name, module in self.named_modules():
+            if isinstance(module, NamedAttention):
+                module.name = name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.conv_in.weight.device
+
+    def steps(self) -> list[tuple[str, nn.Module, nn.Module | None]]:
+        """Every resnet in order of use and its attention; "push" keeps a skip after it, "pop" takes one before it."""
+        steps: list[tuple[str, nn.Module, nn.Module | None]] = []
+        for path, blocks in (("push", self.down_blocks), ("", [self.mid_block]), ("pop", self.up_blocks)):
+            for block in cast("Iterable[Block]", blocks):
+                steps += [(path, resnet, attend) for resnet, attend in block.layers()]
+                if block.resampler is not None:
+                    steps.append(("" if path == "pop" else path, block.resampler, None))
+        return steps
+
+    def picture(self, x: Tensor) -> Tensor:
+        """A call's picture, checked, in the network's dtype."""
+        channels, factor = self.sizes.in_channels, self.sizes.size_factor
+        if x.ndim != 4 or x.shape[1] != channels or not all(n and n % factor == 0 for n in x.shape[-2:]):
+            raise InputError(
+                f"x of shape {tuple(x.shape)}: expected (rows, {channels}, H, W), H and W multiples of {factor}"
+            )
+        return x.to(self.dtype)
+
+    def numbers(self, name: str, value: Number, rows: int) -> Tensor:
+        """A time or noise level: one number for all rows, as (1,), or one per row, as (R,)."""
+        numbers = torch.as_tensor(value, device=self.device).reshape(-1)
+        if numbers.shape[0] not in (1, rows):
+            raise InputError(f"{name} of {numbers.shape[0]} numbers: give one, or {rows}, one per row")
+        return numbers
+
+    def walk(self, x: Tensor, emb: Tensor, context: object, recorder: Recorder | None = None) -> Tensor:
+        """From the picture to the last step's state, or to the last layer that the recorder wants."""
+        h = self.conv_in(x)
+        skips = [h]
+        for path, resnet, attend in self.steps():
+            h = resnet(torch.cat([h, skips.pop()], dim=1) if path == "pop" else h, emb)
+            if attend is not None:
+                h = attend(h, context) if recorder is None else attend(h, context, recorder)
+            if path == "push":
+                skips.append(h)
+            if recorder is not None and len(recorder.maps) == len(recorder.wanted):
+                break
+        return h

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..checks import float_tensor
-from ..errors import InputError
+from ..errors import float_tensor
 
 
-def to_views(x: Tensor, views: Sequence[Any]) -> Tensor:
+class ViewLike(Protocol):
+    """What the loops need of a view. Optional: inverse_map(maps), check_size(size), reduce = "mean" or "sum"."""
+
+    def view(self, x: Tensor) -> Tensor: ...
+
+    def inverse_view(self, prediction: Tensor) -> Tensor: ...
+
+
+def to_views(x: Tensor, views: Sequence[ViewLike]) -> Tensor:
     """What every reader sees: pictures (B, C, H, W) -> (B, V, C, H, W) by each view's `view`."""
-    if not views:
-        raise InputError("0 views: give at least one, for example the identity")
     return torch.stack([view.view(x) for view in views], dim=1)
 
 
-def from_views(prediction: Tensor, views: Sequence[Any]) -> Tensor:
-    """Predictions brought back into the canonical frame by each view's `inverse_view`.
-
-    prediction (B, V, 6, H, W): 3 channels of noise, 3 of variance. Returns the same shape.
-    """
-    if len(views) != prediction.shape[1]:
-        raise InputError(f"{len(views)} views for predictions of {prediction.shape[1]}: give one per view")
-    return torch.stack([view.inverse_view(prediction[:, i]) for i, view in enumerate(views)], dim=1)
+def from_views(prediction: Tensor, views: Sequence[ViewLike]) -> Tensor:
+    """Predictions (B, V, 6, H, W), 3 channels of noise and 3 of variance, brought back by each `inverse_view`."""
+    pairs = zip(views, prediction.unbind(1), strict=True)
+    return torch.stack([view.inverse_view(seen) for view, seen in pairs], dim=1)
 
 
 def guide(null: Tensor, text: Tensor, scale: float) -> Tensor:
@@ -35,9 +36,13 @@ def guide(null: Tensor, text: Tensor, scale: float) -> Tensor:
 
 
 def combine(noise: Tensor, weights: Tensor, scale: Tensor | None = None) -> Tensor:
-    """scale sum_i a_i eps_i: (B, V, C, H, W) and weights (B, V), scale (B,) or None for 1 -> (B, C, H, W)."""
-    float_tensor("noise", noise, (None,) * 5, "(B, V, C, H, W)")
-    float_tensor("weights", weights, tuple(noise.shape[:2]), "(B, V)")
+    """scale sum_i a_i eps_i -> (B, C, H, W).
+
+    noise (B, V, C, H, W); weights (B, V), or per pixel (B, V, 1, H, W); scale (B,) or None for 1.
+    """
+    images, views = float_tensor("noise", noise, (None,) * 5, "(B, V, C, H, W)").shape[:2]
+    weights = weights[..., None, None, None] if weights.ndim == 2 else weights
+    float_tensor("weights", weights, (images, views, 1, None, None), "(B, V) or (B, V, 1, H, W)")
     if scale is not None:
-        weights = weights * float_tensor("scale", scale, (noise.shape[0],), "(B,)")[:, None]
-    return (noise * weights[:, :, None, None, None]).sum(dim=1)
+        weights = weights * float_tensor("scale", scale, (images,), "(B,)")[:, None, None, None, None]
+    return (noise * weights).sum(dim=1)

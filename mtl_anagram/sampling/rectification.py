@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import at_least_float32, choice, float_tensor
+from ..errors import at_least_float32, choice, float_tensor
 
 DIAGONALS = ("unit", "measured")
-# Smallest power, relative to the parts', that the weighted mean may have: noises that cancel each other are
-# scaled up by at most 1/sqrt(FLOOR) = 100 instead of without limit (the released code: NaN or infinity).
+# Smallest power of the weighted mean, relative to the parts': noises that cancel are scaled up by at most 100.
 FLOOR = 1e-4
 
 
@@ -26,13 +25,10 @@ def rectify(noise: Tensor, weights: Tensor, *, diagonal: str = "unit") -> Tensor
 
     Xu et al. 2024 (arXiv 2412.02693), noise variance rectification. noise (B, V, C, H, W): the guided noise
     predictions in the canonical frame; weights (B, V), summing to 1; m_ij: their second moments.
-
     diagonal="unit", the released code's: 1 / sqrt(sum_i a_i^2 + 2 sum_{i<j} a_i a_j m_ij), as if every eps_i
-    had unit power. diagonal="measured": sqrt(sum_i a_i m_ii / sum_ij a_i a_j m_ij), so that the combined
-    noise has exactly the weighted mean power of its parts, whatever guidance made of that power.
-
-    The denominator is at least FLOOR (measured: FLOOR times the numerator). Returns (B,) in float32 (or
-    wider); 1 for one view, and 1 where all noise is zero under "measured".
+    had unit power. "measured": sqrt(sum_i a_i m_ii / sum_ij a_i a_j m_ij), so that the combined noise has the
+    weighted mean power of its parts. The denominator is at least FLOOR (measured: FLOOR times the numerator).
+    Returns (B,) in float32 (or wider); 1 for one view, and 1 where all noise is zero under "measured".
     """
     float_tensor("noise", noise, (None,) * 5, "(B, V, C, H, W)")
     float_tensor("weights", weights, tuple(noise.shape[:2]), "(B, V)")
@@ -42,9 +38,14 @@ def rectify(noise: Tensor, weights: Tensor, *, diagonal: str = "unit") -> Tensor
     products = weights[:, :, None] * weights[:, None, :]  # (B, V, V)
     if diagonal == "unit":
         ones = torch.eye(moments.shape[1], dtype=torch.bool, device=moments.device)
-        power = (products * torch.where(ones, 1.0, moments)).sum(dim=(1, 2))
+        return scale_of((products * torch.where(ones, 1.0, moments)).sum(dim=(1, 2)))
+    target = (weights * moments.diagonal(dim1=1, dim2=2)).sum(dim=1)
+    return scale_of((products * moments).sum(dim=(1, 2)), target)
+
+
+def scale_of(power: Tensor, target: Tensor | None = None) -> Tensor:
+    """What brings noise of this power (B,) to the target power (B,), None = 1; 1 where the target is 0."""
+    if target is None:
         return power.clamp(min=FLOOR).rsqrt()
-    target = (weights * moments.diagonal(dim1=1, dim2=2)).sum(dim=1)  # (B,)
-    power = (products * moments).sum(dim=(1, 2))
     relative = power / torch.where(target > 0, target, 1.0)
     return torch.where(target > 0, relative.clamp(min=FLOOR).rsqrt(), 1.0)

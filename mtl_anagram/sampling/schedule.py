@@ -1,58 +1,99 @@
-"""The noise schedule of the IF cascades and one ancestral (DDPM) step with learned variance."""
+"""Noise levels and timesteps: the cosine schedule of the IF stages, the scaled-linear one of stage III."""
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..checks import at_least_float32, choice, flag, float_tensor, number, whole_number
-from ..cosine import cosine_alpha_bar
-from ..errors import ConfigError, InputError
-from .scheduler_config import read_fields
+from ..errors import ConfigError, InputError, at_least_float32, number, read_fields, whole_number
+from .checks import check_limits
 
 VARIANCE_TYPES = ("learned_range", "fixed_small")
-# Fields of a scheduler's config of which one value is implemented, and what a file that omits them means.
-# beta_schedule has no such meaning here: the format's own default is a schedule that no IF model has.
-_FIXED: dict[str, Any] = {
-    "beta_schedule": "squaredcos_cap_v2",
-    "prediction_type": "epsilon",
-    "timestep_spacing": "leading",
-    "steps_offset": 0,
-    "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-}
-# Fields that the cosine schedule does not use, whatever their value.
-_UNUSED = ("beta_start", "beta_end", "lambda_min_clipped")
-# Fields that are ours, by their name in the file: our name, and what a file that omits them means.
-_READ: dict[str, tuple[str, Any]] = {
-    "num_train_timesteps": ("num_train_timesteps", 1000),
-    "thresholding": ("thresholding", False),
-    "dynamic_thresholding_ratio": ("thresholding_ratio", 0.995),
-    "sample_max_value": ("sample_max_value", 1.0),
-    "clip_sample": ("clip_sample", True),
-    "clip_sample_range": ("clip_sample_range", 1.0),
-    "variance_type": ("variance_type", "fixed_small"),
-}
+TIMESTEPS = range(1, 100_001)  # how many there may be
+L = TypeVar("L", bound="Levels")
+
+
+class Levels:
+    """What all schedules share: a table of kept power, and noise mixed in by it."""
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+    num_train_timesteps: int
+    num_inference_steps: int
+    timesteps: tuple[int, ...]
+
+    @property
+    def stride(self) -> int:
+        """How far apart the timesteps are."""
+        return self.num_train_timesteps // self.num_inference_steps
+
+    def alpha_bar(self, t: int) -> Tensor:
+        """The kept share of the picture's power at timestep t, 0-dim float32; 1 for t < 0: no noise."""
+        return self.alphas_cumprod[t] if t >= 0 else torch.ones((), dtype=torch.float32, device="cpu")
+
+    def roots(self, t: int) -> tuple[float, float]:
+        """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t: what is kept of the picture, how much noise there is."""
+        alpha = self.alpha_bar(t)
+        return (alpha**0.5).item(), ((1 - alpha) ** 0.5).item()
+
+    def add_noise(self, x: Tensor, noise: Tensor, t: int) -> Tensor:
+        """Clean x (...) and unit noise (...) mixed to noise level t, 0 to num_train_timesteps - 1."""
+        whole_number("t", t, 0, self.num_train_timesteps - 1)
+        if x.shape != noise.shape:
+            raise InputError(f"noise has shape {tuple(noise.shape)}, x {tuple(x.shape)}: make them equal")
+        kept, added = self.roots(t)
+        return kept * at_least_float32(x) + added * at_least_float32(noise)
+
+    def next_timestep(self, t: int | Tensor) -> int:
+        """The timestep after t, which must be one of `timesteps`; -1 after the last."""
+        try:
+            return (*self.timesteps, -1)[self.timesteps.index(operator.index(t)) + 1]
+        except (TypeError, ValueError):
+            said = f"{self.timesteps[0]} to {self.timesteps[-1]} by {self.stride}"
+            count = self.num_inference_steps
+            raise InputError(f"t={t!r} is none of the schedule's {count} timesteps ({said})") from None
+
+    def _set(self, betas: Tensor, timesteps: tuple[int, ...] = ()) -> None:
+        # The published tables are float32 all the way; float64 here would differ in the fifth digit.
+        kept = torch.cumprod(1.0 - betas, dim=0)
+        for name, value in (("betas", betas), ("alphas_cumprod", kept), ("timesteps", timesteps)):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def _read(
+        cls: type[L], config: Any, kind: str, owner: str, defaults: Mapping[str, Any], fixed: Mapping[str, Any],
+        unspelled: Mapping[str, Any], unused: tuple[str, ...], **given: int,
+    ) -> L:  # fmt: skip
+        """defaults: what a file without a field means; fixed, unspelled: implemented values, the first spelled out."""
+        values = read_fields(
+            config, owner=owner, class_name=kind, read={name: type(value) for name, value in defaults.items()},
+            fixed={**fixed, **unspelled, **_FIXED}, required=tuple(fixed), unused=unused,
+        )  # fmt: skip
+        values = {**defaults, **values, **given}
+        if "dynamic_thresholding_ratio" in values:
+            values["thresholding_ratio"] = values.pop("dynamic_thresholding_ratio")
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise ConfigError(str(error)) from None
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Levels):
     """Noise levels and timesteps of one sampling run, and how a predicted picture is kept in range.
 
-    Cosine schedule of Nichol & Dhariwal 2021 (eq. 17) over `num_train_timesteps`; of these,
-    `num_inference_steps` are used, evenly spaced and ending at 0 ("leading" spacing). thresholding: dynamic
-    thresholding (Imagen, section 2.3) at quantile `thresholding_ratio`, the threshold between 1 and
-    `sample_max_value`; without it the prediction is clamped to +-`clip_sample_range` if `clip_sample`.
-    variance_type: "learned_range" interpolates between the two bounds as the network says, "fixed_small" is
-    the lower bound.
-
-    Derived: betas and alphas_cumprod (T,) float32 on the CPU, timesteps: ints, from noisy to clean.
-    Raises InputError for a value outside its limits.
+    Cosine schedule of Nichol & Dhariwal 2021 (eq. 17) over `num_train_timesteps`; of these, `num_inference_steps` are
+    used, evenly spaced and ending at 0. thresholding: dynamic (Imagen, section 2.3) at quantile `thresholding_ratio`,
+    the threshold between 1 and `sample_max_value`; without it predictions are clamped to +-`clip_sample_range` if
+    `clip_sample`. variance_type: "learned_range" interpolates between two bounds as the network says, "fixed_small"
+    is the lower one. Derived: betas, alphas_cumprod (T,) float32 on the CPU; timesteps, from noisy to clean.
     """
 
     num_inference_steps: int
@@ -69,25 +110,18 @@ class Schedule:
     timesteps: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        total = whole_number("num_train_timesteps", self.num_train_timesteps, 1, 100_000)
-        count = whole_number("num_inference_steps", self.num_inference_steps, 1, total)
+        check_limits(self, {"num_train_timesteps": TIMESTEPS, "thresholding": bool, "clip_sample": bool})
+        check_limits(self, {"thresholding_ratio": 1.0, "variance_type": VARIANCE_TYPES})
         number("sample_max_value", self.sample_max_value, low=1.0)
-        number("thresholding_ratio", self.thresholding_ratio, high=1.0)
         number("clip_sample_range", self.clip_sample_range, above=True)
-        flag("thresholding", self.thresholding)
-        flag("clip_sample", self.clip_sample)
-        choice("variance_type", self.variance_type, VARIANCE_TYPES)
-        betas = cosine_betas(total)
-        stride = total // count
-        # The published tables are float32 all the way; float64 here would differ in the fifth digit.
-        object.__setattr__(self, "betas", betas)
-        object.__setattr__(self, "alphas_cumprod", torch.cumprod(1.0 - betas, dim=0))
-        object.__setattr__(self, "timesteps", tuple(range((count - 1) * stride, -1, -stride)))
+        total = self.num_train_timesteps
+        count = whole_number("num_inference_steps", self.num_inference_steps, 1, total)
+        self._set(cosine_betas(total), timesteps=tuple(range((count - 1) * self.stride, -1, -self.stride)))
 
     @classmethod
     def stage_1(cls, num_inference_steps: int) -> Schedule:
         """The schedule of the released stage I models."""
-        return cls(num_inference_steps, sample_max_value=1.5)
+        return cls(num_inference_steps)
 
     @classmethod
     def stage_2(cls, num_inference_steps: int) -> Schedule:
@@ -96,110 +130,98 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
-        """Read a published scheduler_config.json's content.
-
-        A field that is missing takes the format's default. Raises ConfigError for a field or a value that is
-        not implemented, InputError for a number of steps outside 1 to num_train_timesteps.
-        """
-        fields = read_fields(
-            config, class_name="DDPMScheduler", owner="an IF stage", fixed=_FIXED, spelled=("beta_schedule",),
-            unused=_UNUSED, read={name: default for name, (_, default) in _READ.items()},
+        """Read a published scheduler_config.json's content; ConfigError for what is not implemented."""
+        defaults = {
+            "num_train_timesteps": 1000, "thresholding": False, "dynamic_thresholding_ratio": 0.995,
+            "sample_max_value": 1.0, "clip_sample": True, "clip_sample_range": 1.0, "variance_type": "fixed_small",
+        }  # fmt: skip
+        return cls._read(
+            config, "DDPMScheduler", "an IF stage", defaults, {"beta_schedule": "squaredcos_cap_v2"},
+            {"prediction_type": "epsilon", "steps_offset": 0}, ("beta_start", "beta_end", "lambda_min_clipped"),
+            num_inference_steps=num_inference_steps,
         )  # fmt: skip
-        values = {ours: fields[name] for name, (ours, _) in _READ.items()}
-        whole_number("num_train_timesteps", values["num_train_timesteps"], 1, 100_000, error=ConfigError)
-        number("sample_max_value", values["sample_max_value"], low=1.0, error=ConfigError)
-        number("dynamic_thresholding_ratio", values["thresholding_ratio"], high=1.0, error=ConfigError)
-        number("clip_sample_range", values["clip_sample_range"], above=True, error=ConfigError)
-        flag("thresholding", values["thresholding"], error=ConfigError)
-        flag("clip_sample", values["clip_sample"], error=ConfigError)
-        choice("variance_type", values["variance_type"], VARIANCE_TYPES, error=ConfigError)
-        return cls(num_inference_steps, **values)
+
+
+@dataclass(frozen=True)
+class NoiseLevels(Levels):
+    """How much noise each level means: the root of beta grows linearly (latent diffusion, Rombach et al. 2022).
+
+    Level 0 is not without noise: its alpha_bar is 0.9999. Derived: alphas_cumprod (T,) float32 on the CPU.
+    """
+
+    _: KW_ONLY
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    num_train_timesteps: int = 1000
+    alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_limits(self, {"num_train_timesteps": TIMESTEPS})
+        start = number("beta_start", self.beta_start, above=True, high=0.999)
+        end = number("beta_end", self.beta_end, low=start, high=0.999)
+        total = self.num_train_timesteps
+        self._set(torch.linspace(start**0.5, end**0.5, total, dtype=torch.float32, device="cpu") ** 2)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseLevels:
+        """Read a published low_res_scheduler/scheduler_config.json's content; errors as Schedule's."""
+        unused = (*_UNUSED, "clip_sample", "prediction_type", "variance_type", "thresholding", "steps_offset")
+        fixed = {"beta_schedule": "scaled_linear"}
+        return cls._read(config, "DDPMScheduler", "the x4 upscaler", _TABLE, fixed, {}, unused)
+
+
+@dataclass(frozen=True)
+class LatentSchedule(NoiseLevels):
+    """The timesteps of one DDIM run (Song et al. 2021) over these levels; the defaults are the x4 upscaler's.
+
+    `num_inference_steps` timesteps, evenly spaced from `steps_offset` up, from noisy to clean: 75 of them are 963,
+    950, ..., 14, 1. Where a step leads below 0, the noise left is that of timestep 0, or none with set_alpha_to_one.
+    """
+
+    num_inference_steps: int = field(default=75, kw_only=False)
+    _: KW_ONLY
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+    timesteps: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        total, offset = self.num_train_timesteps, self.steps_offset
+        check_limits(self, {"steps_offset": range(total), "set_alpha_to_one": bool})
+        count = whole_number("num_inference_steps", self.num_inference_steps, 1, total)
+        first = (count - 1) * self.stride + offset
+        if first >= total:
+            said = f"would begin at timestep {first}; there are {total}, from 0: take a step less"
+            raise InputError(f"num_inference_steps={count} with steps_offset={offset} {said}")
+        object.__setattr__(self, "timesteps", tuple(range(first, offset - 1, -self.stride)))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], num_inference_steps: int = 75) -> LatentSchedule:
+        """Read a published scheduler/scheduler_config.json's content; errors as Schedule's."""
+        fixed = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "clip_sample": False}
+        return cls._read(
+            config, "DDIMScheduler", "the x4 upscaler", {**_TABLE, "steps_offset": 0, "set_alpha_to_one": True},
+            fixed, {"thresholding": False}, _UNUSED, num_inference_steps=num_inference_steps,
+        )  # fmt: skip
 
     def alpha_bar(self, t: int) -> Tensor:
-        """The kept share of the picture's power at timestep t, 0-dim float32; 1 for t < 0: no noise."""
-        return self.alphas_cumprod[t] if t >= 0 else torch.ones((), dtype=torch.float32)
+        """The kept share of the latents' power at timestep t, 0-dim float32; t < 0: after the last step."""
+        return super().alpha_bar(t if self.set_alpha_to_one else max(t, 0))
 
-    def next_timestep(self, t: int) -> int:
-        """The timestep after t, which must be one of `timesteps`; -1 after the last."""
-        if isinstance(t, bool) or not isinstance(t, int) or t not in self.timesteps:
-            raise InputError(
-                f"t={t!r} is none of the schedule's {self.num_inference_steps} timesteps "
-                f"({self.timesteps[0]} to 0 by {self.num_train_timesteps // self.num_inference_steps})"
-            )
-        index = self.timesteps.index(t)
-        return self.timesteps[index + 1] if index + 1 < self.num_inference_steps else -1
 
-    def add_noise(self, x: Tensor, noise: Tensor, t: int) -> Tensor:
-        """Clean x (...) and unit noise (...) mixed to noise level t, 0 to num_train_timesteps - 1."""
-        whole_number("t", t, 0, self.num_train_timesteps - 1)
-        if x.shape != noise.shape:
-            raise InputError(
-                f"noise of shape {tuple(noise.shape)} for x of {tuple(x.shape)}: make them equal"
-            )
-        alpha = self.alpha_bar(t)
-        kept, added = (alpha**0.5).item(), ((1 - alpha) ** 0.5).item()
-        return kept * at_least_float32(x) + added * at_least_float32(noise)
+# What a file without them means; fields of no effect without clipping; what all schedulers' files must mean.
+_TABLE: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
+_UNUSED = ("skip_prk_steps", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio")
+_FIXED = {"timestep_spacing": "leading", "trained_betas": None, "rescale_betas_zero_snr": False}
+
+
+def cosine_alpha_bar(u: float) -> float:
+    """The kept share of a picture's power at u of the way to pure noise, 0 to 1; at 0 it is 0.99985."""
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
 
 def cosine_betas(total: int) -> Tensor:
     """Cosine schedule's betas (total,): 1 - ab(i+1)/ab(i), at most 0.999; in doubles, then float32."""
     kept = [cosine_alpha_bar(i / total) for i in range(total + 1)]
     betas = [min(1 - after / before, 0.999) for before, after in pairwise(kept)]
-    return torch.tensor(betas, dtype=torch.float32)
-
-
-def predict_x0(noise: Tensor, x_t: Tensor, t: int, schedule: Schedule) -> Tensor:
-    """The clean picture that a noise prediction implies, brought into range as the schedule says.
-
-    noise and x_t (B, C, H, W), t any training timestep. Returns (B, C, H, W) in float32 (or wider).
-    """
-    alpha = schedule.alpha_bar(whole_number("t", t, 0, schedule.num_train_timesteps - 1))
-    x_t, noise = at_least_float32(x_t), at_least_float32(noise)
-    x0 = (x_t - ((1 - alpha) ** 0.5).item() * noise) / (alpha**0.5).item()
-    if schedule.thresholding:
-        flat = x0.flatten(1)  # (B, C H W): each picture has its own threshold
-        limit = flat.abs().quantile(schedule.thresholding_ratio, dim=1).clamp(1.0, schedule.sample_max_value)
-        limit = limit[:, None, None, None]
-        return x0.clamp(-limit, limit) / limit
-    if schedule.clip_sample:
-        return x0.clamp(-schedule.clip_sample_range, schedule.clip_sample_range)
-    return x0
-
-
-def ddpm_step(
-    noise: Tensor, variance: Tensor | None, x_t: Tensor, t: int, schedule: Schedule, z: Tensor | None = None
-) -> Tensor:
-    """One ancestral step (Ho et al. 2020, eq. 6-7; learned variance: Nichol & Dhariwal 2021, eq. 15).
-
-    noise: the predicted noise (B, C, H, W). variance: where between the smallest (-1) and the largest (1)
-    log-variance to draw from, (B, C, H, W); None for a schedule of fixed variance. x_t (B, C, H, W). t: one
-    of schedule.timesteps. z: fresh unit noise like x_t; at the last step (t the last timestep) none is added,
-    and z is not read. Returns x_{t-1} (B, C, H, W) in float32 (or wider); inputs are left alone.
-    """
-    previous = schedule.next_timestep(t)
-    float_tensor("x_t", x_t, (None, None, None, None), "(B, C, H, W)")
-    shape = tuple(x_t.shape)
-    float_tensor("noise", noise, shape, "the prediction, one value per value of x_t")
-    alpha_bar, alpha_bar_next = schedule.alpha_bar(t), schedule.alpha_bar(previous)
-    alpha = alpha_bar / alpha_bar_next  # of the strided step, not of one training step
-    beta = 1 - alpha
-
-    x0 = predict_x0(noise, x_t, t, schedule)
-    x0_share = (alpha_bar_next**0.5 * beta / (1 - alpha_bar)).item()
-    x_share = (alpha**0.5 * (1 - alpha_bar_next) / (1 - alpha_bar)).item()
-    mean = x0_share * x0 + x_share * at_least_float32(x_t)
-    if previous < 0:
-        return mean
-
-    if z is None:
-        raise InputError(f"the step at t={t} needs z, unit noise; torch.zeros_like(x_t) gives the mean")
-    z = float_tensor("z", z, shape, "unit noise like x_t").to(mean)
-    lowest = ((1 - alpha_bar_next) / (1 - alpha_bar) * beta).clamp(min=1e-20)  # the smallest variance
-    if schedule.variance_type == "fixed_small":
-        return mean + (lowest**0.5).item() * z
-    if variance is None:
-        raise InputError("variance=None, but the schedule's variance is learned: give the prediction")
-    float_tensor("variance", variance, shape, "the prediction, one value per value of x_t")
-    position = (at_least_float32(variance) + 1) / 2
-    log_variance = position * beta.log().item() + (1 - position) * lowest.log().item()
-    return mean + torch.exp(0.5 * log_variance) * z
+    return torch.tensor(betas, dtype=torch.float32, device="cpu")

@@ -1,9 +1,8 @@
-"""The loops of stage I and II, as generators of steps; the network and the scorer are callables."""
+"""Stages I and II: what the loop's seams are by default, made from a Recipe; network and scorer are callables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,89 +10,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import float_tensor, whole_number
-from ..errors import InputError
+from ..errors import InputError, whole_number
 from .attention_iou import anti_segregation_step, concept_maps
 from .balancing import balance
-from .guidance import combine, from_views, guide, to_views
+from .checks import (
+    check_kinds,
+    check_result,
+    checked_generators,
+    checked_picture,
+    checked_spans,
+    checked_text,
+    checked_views,
+)
+from .guidance import ViewLike, from_views, guide, to_views
+from .guidance import combine as weighted_sum
+from .loop import After, Combine, Combined, Prediction, Step, StepState, no_gradients, sample
 from .recipe import Recipe
 from .rectification import rectify
-from .schedule import Schedule, ddpm_step
+from .schedule import Levels, Schedule
+from .solvers import DDIM, DDPM, DPMSolver2M
 
 SCORER_SIZE = 64  # the side of the pictures that a scorer is given
+CHANNELS = 3
 Score = Callable[[Tensor, int], Tensor]
-Span = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class StepState:
-    """What one step left behind.
-
-    index: 0 first; timestep: the noise level that was predicted at; x (B, 3, H, W) float32: the pictures
-    after the step, in the last state clean and in [-1, 1]; weights (B, V) and scale (B,): of the combined
-    noise; loss (B,): of the anti-segregation step, None where there was none; num_steps: how many states
-    there are.
-    """
-
-    index: int
-    timestep: int
-    x: Tensor
-    weights: Tensor
-    scale: Tensor
-    loss: Tensor | None
-    num_steps: int
+Size = int | tuple[int, int]
 
 
 def sample_stage1(
     unet: Callable[..., Tensor],
     text: Tensor,
     null: Tensor,
-    views: Sequence[Any],
+    views: Sequence[ViewLike],
     *,
     score: Score | None,
     spans: Sequence[Any] | None,
     generators: Sequence[torch.Generator],
     recipe: Recipe,
-    size: int = 64,
+    size: Size = 64,
     schedule: Schedule | None = None,
+    combine: Combine | None = None,
+    step: Step | None = None,
+    after: After | None = None,
 ) -> Iterator[StepState]:
-    """Sample B pictures of size px from noise; yields a StepState per step, the last holds the pictures.
+    """Sample B pictures of size px (or (H, W)) from noise; yields a StepState per step, the last holds the pictures.
 
-    unet(x (R, 3, H, W), t, text) -> (R, 6, H, W): noise, then variance; the R rows are first all null rows,
-    then all prompt rows, each image by image, view by view. If it has a method `prepare`, it is called once
-    with the text rows (R, L, D), and its result (whose rows can be sliced) is passed on in their place. For
-    anti-segregation it needs a method `text_maps(x, t, text, spans, resolution=, places=)` -> {layer:
-    (R, N, h, w, T)}, differentiable in x.
-
-    text (V, L, D), the same for all images, or (B, V, L, D); null (1, L, D). Text's device and dtype are
-    where and in what the network runs; all else is float32. views: V objects with view(x) and
-    inverse_view(prediction) on (..., C, H, W) and inverse_map(map) on (..., h, w).
-
+    unet(x (R, 3, H, W), t, text) -> (R, 6, H, W): noise, then variance; the R rows are first all null rows, then all
+    prompt rows, each image by image, view by view; without guidance (scale 1) the prompt rows alone. t: a tensor of
+    shape (). A method `prepare` is called once with the text rows (R, L, D); its result, whose rows can be sliced, is
+    passed on. Anti-segregation needs a method `text_maps(x, t, text, spans, resolution=, places=)` -> {layer: (R, N,
+    h, w, T)}, differentiable in x. text (V, L, D), or (B, V, L, D) for each image its own; null (1, L, D), or (V, L,
+    D): negative prompts. Text's device and dtype are where and in what the network runs; all else is float32.
     score(pictures (B, V, 3, 64, 64) float32, t) -> (B, V) cosines, or None: all weights equal. spans: one
-    (start, stop) token range per view (or B lists of such), or None: no anti-segregation.
-
-    generators: one CPU generator per image, drawn from in float32 in this order: the initial noise (3, H, W),
-    then one noise (3, H, W) per step but the last. Image b is what it would be alone.
-    schedule: Schedule.stage_1 if None.
-
-    All is checked at the call, before any network runs. Raises InputError for a value outside its limits, and
-    during the loop for numbers that are not finite.
+    (start, stop) token range per view (or B lists of such), or None: no anti-segregation. generators: one CPU
+    generator per image, drawn from in float32 in this order: the initial noise (3, H, W), then one noise (3, H, W)
+    per step but the last. Image b is what it would be alone (to rounding). combine, step, after: in place of what the
+    recipe makes (`loop.sample`). All is checked at the call.
     """
-    make = Schedule.stage_1 if schedule is None else schedule
-    run = _Run.checked(unet, text, null, views, score, generators, recipe, size, make)
-    if spans is not None:
-        run.spans = _checked_spans(spans, run.count, run.views, run.tokens)
-    if run.guides:
-        if not callable(getattr(unet, "text_maps", None)):
-            raise InputError(
-                "this network has no text_maps, which anti-segregation needs: pass spans=None or a recipe "
-                "with anti_segregation=False"
-            )
-        if run.map_resolution < 1:
-            raise InputError(
-                f"map_resolution={recipe.map_resolution} comes to 0 at size={size}: raise one of the two"
-            )
-    return run.steps()
+    check_kinds(recipe=(recipe, Recipe))
+    schedule = schedule or Schedule.stage_1(recipe.num_inference_steps)
+    run = _Run(unet, text, null, views, score, generators, recipe, schedule, size)
+    if after is None and spans is not None:
+        after = run.anti_segregation(spans)
+    return run.states(combine, step, after)
 
 
 def sample_stage2(
@@ -101,314 +79,198 @@ def sample_stage2(
     low_res: Tensor,
     text: Tensor,
     null: Tensor,
-    views: Sequence[Any],
+    views: Sequence[ViewLike],
     *,
     score: Score | None,
     generators: Sequence[torch.Generator],
     recipe: Recipe,
     noise_level: int = 50,
-    size: int = 256,
+    size: Size = 256,
     schedule: Schedule | None = None,
+    combine: Combine | None = None,
+    step: Step | None = None,
+    after: After | None = None,
 ) -> Iterator[StepState]:
     """Sample B pictures of size px that sharpen low_res (B, 3, h, w), in [-1, 1]; yields as stage I does.
 
-    As sample_stage1, except: the network's input has 6 channels, x_t and the enlarged low_res (bilinear,
-    corners aligned) with noise of noise_level (0 to 999) added once; views act on all 6. It is called with
-    class_labels=noise_level. The scorer sees the first 3 of the viewed channels. No anti-segregation. Each
-    generator gives the initial noise (3, H, W), the noise on low_res (3, H, W), then one per step but the
-    last. schedule: Schedule.stage_2 if None; it also adds the noise to low_res.
+    As sample_stage1, except: the network's input has 6 channels, x_t and the enlarged low_res (bilinear, corners
+    aligned) with noise of noise_level (0 to 999) added once; views act on all 6, a scorer sees the first 3. It is
+    called with class_labels=noise_level, a tensor of shape (). No anti-segregation. Each generator gives the initial
+    noise (3, H, W), the noise on low_res (3, H, W), then one per step but the last. schedule: Schedule.stage_2 if None.
     """
-    make = Schedule.stage_2 if schedule is None else schedule
-    run = _Run.checked(unet, text, null, views, score, generators, recipe, size, make)
-    float_tensor(
-        "low_res", low_res, (run.count, 3, None, None), "(B, 3, h, w) with one picture per generator"
-    )
-    low_res = low_res.detach()
-    peak = low_res.abs().max().item()
-    if not peak <= 1.001:  # a nan fails too
-        raise InputError(f"low_res has values up to {peak:g}: give pictures in [-1, 1], stage I's last x")
-    run.noise_level = whole_number("noise_level", noise_level, 0, run.schedule.num_train_timesteps - 1)
-    run.low_res = low_res
-    return run.steps()
+    check_kinds(recipe=(recipe, Recipe))
+    schedule = schedule or Schedule.stage_2(recipe.num_inference_steps)
+    run = _Run(unet, text, null, views, score, generators, recipe, schedule, size)
+    whole_number("noise_level", noise_level, 0, run.schedule.num_train_timesteps - 1)
+    return run.states(combine, step, after, checked_picture(low_res, run.count), noise_level)
 
 
-class _Run:
-    """One sampling run's checked arguments and its loop. low_res is None in stage I."""
+@dataclass
+class Run:
+    """What all stages share: a run's arguments, checked, and what is made of them."""
 
-    noise_level: int | None = None
-    low_res: Tensor | None = None
-    spans: list[Span] | None = None
+    unet: Callable[..., Tensor]
+    text: Tensor
+    null: Tensor
+    views: Sequence[ViewLike]
+    score: Score | None
+    generators: Sequence[torch.Generator]
+    recipe: Recipe
+    schedule: Levels
 
-    def __init__(
-        self,
-        unet: Callable[..., Tensor],
-        text: Tensor,
-        null: Tensor,
-        views: Sequence[Any],
-        score: Score | None,
-        generators: Sequence[torch.Generator],
-        recipe: Recipe,
-        size: int,
-        schedule: Schedule,
-    ) -> None:
-        self.unet, self.text, self.null, self.views = unet, text, null, list(views)
-        self.score, self.generators, self.recipe = score, list(generators), recipe
-        self.size, self.schedule = size, schedule
+    def __post_init__(self) -> None:
+        check_kinds(unet=(self.unet, Callable), score=(self.score, Callable, type(None)))
+        self.generators, self.views = checked_generators(self.generators), checked_views(self.views)
         self.count = len(self.generators)  # B
-        self.tokens = text.shape[2]  # L
-        self.map_resolution = recipe.map_resolution * size // 64
+        self.sums = getattr(self.views[0], "reduce", "mean") == "sum"  # components, which add up
 
-    @classmethod
-    def checked(
-        cls,
-        unet: Any,
-        text: Any,
-        null: Any,
-        views: Any,
-        score: Any,
-        generators: Any,
-        recipe: Any,
-        size: Any,
-        schedule: Any,
-    ) -> _Run:
-        """What both stages check. schedule: a Schedule, or how to make one of a number of steps."""
-        if not callable(unet):
-            raise InputError(f"unet is {type(unet).__name__}: give a callable unet(x, t, text)")
-        if score is not None and not callable(score):
-            raise InputError(f"score is {type(score).__name__}: give a callable score(pictures, t) or None")
-        if not isinstance(recipe, Recipe):
-            raise InputError(f"recipe is {type(recipe).__name__}: give a Recipe such as Recipe.released()")
-        whole_number("size", size, 1)  # which sizes it can take, the network says itself
-        generators = checked_generators(generators)
-        for view in checked_views(views):
-            if callable(getattr(view, "check_size", None)):
-                view.check_size(size)
+    def check_schedule(self, kind: type[Levels], wanted: int) -> None:
+        check_kinds(schedule=(self.schedule, kind))
+        if (found := self.schedule.num_inference_steps) != wanted:
+            raise InputError(f"the schedule has {found} steps, the recipe {wanted}: make them equal")
 
-        legend = "(V, L, D) or (B, V, L, D)"
-        if isinstance(text, Tensor) and text.ndim == 4:
-            float_tensor("text", text, (len(generators), len(views), None, None), legend)
-        else:
-            float_tensor("text", text, (len(views), None, None), legend)
-            text = text.expand(len(generators), *text.shape)
-        float_tensor("null", null, (1, *text.shape[2:]), "(1, L, D) of the text's L and D")
-        for name, states in (("text", text), ("null", null)):
-            if not torch.isfinite(states).all():
-                raise InputError(f"{name} holds numbers that are not finite: encode in float32 or bfloat16")
-
-        if not isinstance(schedule, Schedule):
-            if not callable(schedule):
-                raise InputError(f"schedule is {type(schedule).__name__}: give a Schedule or None")
-            schedule = schedule(recipe.num_inference_steps)
-        if schedule.num_inference_steps != recipe.num_inference_steps:
-            raise InputError(
-                f"the schedule has {schedule.num_inference_steps} steps, the recipe "
-                f"{recipe.num_inference_steps}: make them equal"
-            )
-        return cls(unet, text, null, views, score, generators, recipe, size, schedule)
-
-    @property
-    def guides(self) -> bool:
-        """Whether any anti-segregation can happen: it takes two views, and words to look for."""
-        return self.recipe.anti_segregation and self.spans is not None and len(self.views) > 1
-
-    def steps(self) -> Iterator[StepState]:
-        """Check what depends on spans, and hand out the loop."""
-        if self.guides:
-            for view in self.views:
-                if not callable(getattr(view, "inverse_map", None)):
-                    raise InputError(f"{view!r} has no inverse_map(map), which anti-segregation needs")
-        return self._loop()
-
-    def _loop(self) -> Iterator[StepState]:
-        """The steps. Work is done in blocks of `no_gradients`, never around a yield."""
-        with no_gradients():
-            x = self._noise()
-            condition = self._condition()
-            context = self._context()
-        for index, t in enumerate(self.schedule.timesteps):
-            with no_gradients():
-                x, weights, scale = self._denoise(x, condition, context, index, t)
-                last = index + 1 == self.schedule.num_inference_steps
-                loss = None
-                if self.guides and not last and index <= self.recipe.last_guided_step:
-                    x, loss = self._separate(x, context, index, self.schedule.timesteps[index + 1])
-                state = StepState(index, t, x, weights, scale, loss, self.schedule.num_inference_steps)
-            yield state
-
-    def _noise(self) -> Tensor:
-        """The next unit noise of every image, (B, 3, H, W): drawn on the CPU, then moved."""
-        shape = (3, self.size, self.size)
-        draws = [torch.randn(shape, generator=g, dtype=torch.float32) for g in self.generators]
+    def draw(self, *shape: int) -> Tensor:
+        """The next unit noise (B, *shape), each image's from its own generator on the CPU, then moved."""
+        draws = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in self.generators]
         return torch.stack(draws).to(self.text.device)
 
-    def _condition(self) -> Tensor | None:
-        """Stage II's enlarged and noised low_res (B, 3, H, W), else None."""
-        if self.low_res is None or self.noise_level is None:
-            return None
-        low_res = self.low_res.to(self.text.device, torch.float32)
-        large = F.interpolate(low_res, (self.size, self.size), mode="bilinear", align_corners=True)
-        return self.schedule.add_noise(large, self._noise(), self.noise_level)
+    def number(self, value: int) -> Tensor:
+        """A timestep or noise level as networks take it: a compiled one sees a tensor, not one more constant."""
+        return torch.tensor(value, dtype=torch.int64, device=self.text.device)
 
-    def _context(self) -> Any:
-        """All text rows (R, L, D), null then prompts, through the network's `prepare` if it has one."""
-        prompts = self.text.flatten(0, 1)  # (B V, L, D)
-        null = self.null.to(prompts).expand(prompts.shape)
-        rows = torch.cat([null, prompts])
+    def prepared(self, rows: Tensor) -> Any:
+        """Text rows as the network wants them: by its own `prepare`, if it has one."""
         prepare = getattr(self.unet, "prepare", None)
         return prepare(rows) if callable(prepare) else rows
 
-    def _denoise(
-        self, x: Tensor, condition: Tensor | None, context: Any, index: int, t: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t -> x_{t-1} (B, 3, H, W), and the weights (B, V) and scale (B,) used."""
-        recipe = self.recipe
-        seen = to_views(x if condition is None else torch.cat([x, condition], dim=1), self.views)
-        null, prompt = self._predict(seen, context, index, t)  # each (B, V, 6, H, W), canonical
-        noise = guide(null[:, :, :3], prompt[:, :, :3], recipe.guidance_scale)
-        weights = self._weights(seen, index, t)
-        scale = torch.ones_like(weights[:, 0])
-        if recipe.rectification:
-            scale = rectify(noise, weights, diagonal=recipe.rectify_diagonal)
-        last = index + 1 == self.schedule.num_inference_steps
-        x = ddpm_step(
-            combine(noise, weights, scale),
-            combine(prompt[:, :, 3:], weights),
-            x,
-            t,
-            self.schedule,
-            None if last else self._noise(),
-        )
-        return x, weights, scale
+    def finite(self, value: Tensor, what: str, t: int) -> Tensor:
+        """The value; InputError that names the step where a network's numbers overflowed."""
+        if not torch.isfinite(value).all():
+            place = f"step {self.schedule.timesteps.index(t)} (t={t}) in {self.text.dtype}"
+            remedy = "run the network in bfloat16 or float32, and check its weights"
+            raise InputError(f"{what} is not finite at {place}: {remedy}")
+        return value
 
-    def _predict(self, seen: Tensor, context: Any, index: int, t: int) -> tuple[Tensor, Tensor]:
-        """The network on all views (B, V, C, H, W) at once -> null's and prompts', in the canonical frame."""
-        rows = seen.flatten(0, 1).to(self.text.dtype)  # (B V, C, H, W)
-        labels = {} if self.noise_level is None else {"class_labels": self.noise_level}
-        output = self.unet(torch.cat([rows, rows]), t, context, **labels)
-        wanted = (2 * len(rows), 6, self.size, self.size)
-        if not isinstance(output, Tensor) or tuple(output.shape) != wanted:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise InputError(f"the network returned {got} instead of {wanted}: noise and variance per row")
-        output = output.float()
-        if not torch.isfinite(output).all():
-            raise InputError(
-                f"the network's prediction is not finite at step {index} (t={t}) in {self.text.dtype}: run "
-                "it in bfloat16 or float32, and check its weights"
-            )
-        null, prompt = output.unflatten(0, (2, self.count, len(self.views)))
-        return from_views(null, self.views), from_views(prompt, self.views)
+    def scores(self, pictures: Tensor, t: int) -> Tensor | None:
+        """The scorer's cosines (B, V) of viewed pictures (B, V, 3, h, w), None where weights are equal."""
+        if self.score is None or not self.recipe.balancing or self.sums or len(self.views) == 1:
+            return None
+        if self.recipe.scorer_range == "half":
+            pictures = pictures / 2 + 0.5
+        sides = (SCORER_SIZE, SCORER_SIZE)
+        if pictures.shape[-2:] != sides:
+            small = F.interpolate(pictures.flatten(0, 1), sides, mode="bilinear", align_corners=False)
+            pictures = small.unflatten(0, pictures.shape[:2])
+        return check_result(self.score(pictures, t), (self.count, len(self.views)), "score", "(B, V) cosines")
 
-    def _weights(self, seen: Tensor, index: int, t: int) -> Tensor:
-        """The views' weights (B, V): by score, or all equal."""
-        count = len(self.views)
-        if self.score is None or not self.recipe.balancing or count == 1:
-            return torch.full((self.count, count), 1 / count, device=seen.device)
-        scores = self.score(for_scorer(seen, self.recipe), t)
-        if not isinstance(scores, Tensor) or tuple(scores.shape) != (self.count, count):
-            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise InputError(f"score returned {got} instead of (B, V) = {(self.count, count)} cosines")
-        try:
-            return balance(
-                scores.to(seen), index, horizon=self.recipe.balancing_horizon, floor=self.recipe.floor
-            )
-        except InputError as error:
-            raise InputError(f"at step {index} (t={t}): {error}") from None
-
-    def _separate(self, x: Tensor, context: Any, index: int, t: int) -> tuple[Tensor, Tensor]:
-        """The anti-segregation step at the next timestep t, with the prompts' rows alone."""
-        recipe, spans = self.recipe, self.spans
-        rows = self.count * len(self.views)
-
-        def maps_of(pictures: Tensor) -> Tensor:
-            layers = self.unet.text_maps(  # type: ignore[attr-defined]
-                to_views(pictures, self.views).flatten(0, 1).to(self.text.dtype),
-                t,
-                context[rows:],
-                spans,
-                resolution=self.map_resolution,
-                places=recipe.map_places,
-            )
-            return concept_maps(layers, self.views)
-
-        x, loss = anti_segregation_step(
-            x,
-            maps_of,
-            rate=recipe.guidance_rate,
-            measure=recipe.overlap_measure,
-            target=recipe.overlap_target,
-            slope=recipe.overlap_slope,
-        )
-        if not torch.isfinite(x).all():
-            raise InputError(
-                f"the anti-segregation gradient is not finite after step {index} (t={t}) in "
-                f"{self.text.dtype}: run the network in bfloat16 or float32, or pass anti_segregation=False"
-            )
-        return x, loss
+    def scale(self, noise: Tensor, weights: Tensor) -> Tensor:
+        """Rectification's scale (B,) of noise (B, V, C, H, W) in one frame, or ones."""
+        if self.sums or not self.recipe.rectification:
+            return torch.ones_like(weights[:, 0])
+        return rectify(noise, weights, diagonal=self.recipe.rectify_diagonal)
 
 
-def for_scorer(seen: Tensor, recipe: Recipe) -> Tensor:
-    """What a scorer is given of viewed pictures (B, V, C, H, W): the first 3 channels, (B, V, 3, 64, 64)."""
-    pictures = seen[:, :, :3]
-    if recipe.scorer_range == "half":
-        pictures = pictures / 2 + 0.5
-    if pictures.shape[-2:] != (SCORER_SIZE, SCORER_SIZE):
-        pictures = F.interpolate(
-            pictures.flatten(0, 1), (SCORER_SIZE, SCORER_SIZE), mode="bilinear", align_corners=False
-        ).unflatten(0, seen.shape[:2])
-    return pictures
+@dataclass
+class _Run(Run):
+    """A run of stage I or II, and the closures that its loop is made of."""
 
+    schedule: Schedule
+    size: Size
 
-@contextmanager
-def no_gradients() -> Iterator[None]:
-    """No graphs, also if the caller is in inference mode, whose tensors could not be differentiated later."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_schedule(Schedule, self.recipe.num_inference_steps)
+        self.sides = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        for side in self.sides:
+            whole_number("size", side, 1)
+        checked_views(self.views, self.sides)
+        self.text = checked_text("text", self.text, self.count, len(self.views))
+        null = checked_text("null", self.null, self.count, len(self.views), self.text.shape[2:])
+        self.null = null.to(self.text)
+        # Null rows are for guidance: without it, or where the network does not read the text, nobody needs them.
+        self.guided = self.recipe.guidance_scale != 1 and getattr(self.unet, "reads_text", True)
 
+    def states(
+        self, combine: Combine | None, step: Step | None, after: After | None, low_res: Tensor | None = None,
+        noise_level: int = 0,
+    ) -> Iterator[StepState]:  # fmt: skip
+        """The loop; the first draws and the text's preparation wait until the first state is asked for."""
+        shape = (CHANNELS, *self.sides)
+        if step is None:
+            drawn = DDPM(self.schedule, lambda: self.draw(*shape))
+            own: dict[str, Step] = {"ddim": DDIM(self.schedule), "dpm_solver_2m": DPMSolver2M(self.schedule)}
+            step = own.get(self.recipe.solver, drawn)
+        with no_gradients():
+            x, condition = self.draw(*shape), None
+            if low_res is not None:
+                low_res = low_res.to(self.text.device, torch.float32)
+                large = F.interpolate(low_res, self.sides, mode="bilinear", align_corners=True)
+                condition = self.schedule.add_noise(large, self.draw(*shape), noise_level)
+            rows = [self.null, self.text] if self.guided else [self.text]
+            self.context = self.prepared(torch.cat([row.flatten(0, 1) for row in rows]))
+            predict = self.predict(condition, noise_level)
+        yield from sample(x, self.schedule.timesteps, predict, combine or self.combine, step, after=after)
 
-def checked_views(views: Any) -> list[Any]:
-    """At least one object with view(x) and inverse_view(prediction), or an InputError."""
-    if isinstance(views, str) or not isinstance(views, Sequence) or not views:
-        raise InputError(f"views={views!r}: give a list of at least one view")
-    for view in views:
-        if not callable(getattr(view, "view", None)) or not callable(getattr(view, "inverse_view", None)):
-            raise InputError(f"{view!r} is no view: it needs view(x) and inverse_view(prediction)")
-    return list(views)
+    def predict(self, condition: Tensor | None, noise_level: int) -> Callable[[Tensor, int], Prediction]:
+        """The default predict: all views in one call, guided in the readers' frames, then brought back once."""
+        labels = {} if condition is None else {"class_labels": self.number(noise_level)}
 
+        def predict(x: Tensor, t: int) -> Prediction:
+            seen = to_views(x if condition is None else torch.cat([x, condition], dim=1), self.views)
+            row = seen.flatten(0, 1).to(self.text.dtype)  # (B V, C, H, W)
+            row = torch.cat([row, row]) if self.guided else row
+            output = self.unet(row, self.number(t), self.context, **labels)
+            wanted = (len(row), 2 * CHANNELS, *self.sides)
+            output = check_result(output, wanted, "the network", "noise and variance per row").float()
+            output = self.finite(output, "the network's prediction", t)
+            output = output.unflatten(0, (-1, self.count, len(self.views)))
+            noise, variance = output[-1, :, :, :CHANNELS], output[-1, :, :, CHANNELS:]
+            if self.guided:
+                noise = guide(output[0, :, :, :CHANNELS], noise, self.recipe.guidance_scale)
+            noise, variance = from_views(torch.cat([noise, variance], dim=2), self.views).chunk(2, dim=2)
+            return Prediction(seen, noise, variance)
 
-def checked_generators(generators: Any) -> list[torch.Generator]:
-    """One CPU generator per image, each its own, or an InputError."""
-    if isinstance(generators, torch.Generator) or not isinstance(generators, Sequence) or not generators:
-        raise InputError(
-            "generators must be a list with one CPU torch.Generator per image, for example "
-            "[torch.Generator().manual_seed(0)]"
-        )
-    for generator in generators:
-        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
-            kind = generator.device if isinstance(generator, torch.Generator) else type(generator).__name__
-            raise InputError(f"a generator is of {kind}: noise is drawn on the CPU, give torch.Generator()")
-    if len({id(generator) for generator in generators}) < len(generators):
-        raise InputError("one generator is given for several images: give each image its own")
-    return list(generators)
+        return predict
 
+    def combine(self, prediction: Prediction, index: int, t: int) -> Combined:
+        """The default combine: the mean by the scores' weights, rectified; or the sum, for views of components."""
+        noise, variance, count = prediction.noise, prediction.variance, len(self.views)
+        weights = noise.new_full((self.count, count), 1.0 if self.sums else 1 / count)
+        scores = self.scores(prediction.seen[:, :, :CHANNELS], t)
+        if scores is not None:
+            scores = self.finite(scores, "the score", t).to(noise)
+            horizon = self.recipe.horizon or self.recipe.num_inference_steps
+            weights = balance(scores, index, horizon=horizon, floor=self.recipe.floor)
+        scale = self.scale(noise, weights)
+        mean = None if variance is None else weighted_sum(variance, weights)
+        return Combined(weighted_sum(noise, weights, scale), mean, weights, scale)
 
-def _checked_spans(spans: Any, count: int, views: Sequence[Any], tokens: int) -> list[Span]:
-    """One (start, stop) per view, or B lists of such -> B V of them, image by image, view by view."""
-    remedy = f"give one (start, stop) per view, 0 <= start < stop <= {tokens} tokens"
+    def anti_segregation(self, spans: Sequence[Any]) -> After | None:
+        """The default after: the gradient step at the next timestep, with the prompts' rows alone; None = never."""
+        recipe, views = self.recipe, self.views
+        flat = checked_spans(spans, self.count, len(views), self.text.shape[2])
+        if not recipe.anti_segregation or len(views) < 2 or self.sums:
+            return None
+        for owner, method in ((self.unet, "text_maps"), *((view, "inverse_map") for view in views)):
+            if not callable(getattr(owner, method, None)):
+                said = f"{type(owner).__name__} has no {method}, which anti-segregation needs"
+                raise InputError(f"{said}: pass spans=None, or a recipe with anti_segregation=False")
+        text_maps: Callable[..., dict[str, Tensor]] = self.unet.text_maps  # type: ignore[attr-defined]
+        wanted = {"resolution": recipe.map_resolution * self.sides[0] // 64, "places": recipe.map_places}
 
-    def one_image(row: Any) -> list[Span]:
-        if not isinstance(row, (list, tuple)) or len(row) != len(views):
-            raise InputError(f"spans={row!r} for {len(views)} views: {remedy}")
-        for span in row:
-            fits = isinstance(span, (list, tuple)) and len(span) == 2
-            if not fits or any(isinstance(end, bool) or not isinstance(end, int) for end in span):
-                raise InputError(f"span {span!r}: {remedy}")
-            if not 0 <= span[0] < span[1] <= tokens:
-                raise InputError(f"span {tuple(span)}: {remedy}")
-        return [(start, stop) for start, stop in row]
+        def after(x: Tensor, index: int, t_next: int) -> tuple[Tensor, Tensor | None]:
+            if t_next < 0 or index > recipe.last_guided_step:
+                return x, None
+            prompts = self.context[-self.count * len(views) :]
 
-    per_image = (
-        isinstance(spans, (list, tuple))
-        and len(spans) == count
-        and all(isinstance(row, (list, tuple)) and row and isinstance(row[0], (list, tuple)) for row in spans)
-    )
-    return [span for row in (spans if per_image else [spans] * count) for span in one_image(row)]
+            def maps_of(pictures: Tensor) -> Tensor:
+                rows = to_views(pictures, views).flatten(0, 1).to(self.text.dtype)
+                return concept_maps(text_maps(rows, self.number(t_next), prompts, flat, **wanted), views)
+
+            x, loss = anti_segregation_step(
+                x, maps_of, rate=recipe.guidance_rate, measure=recipe.overlap_measure,
+                target=recipe.overlap_target, slope=recipe.overlap_slope,
+            )  # fmt: skip
+            return self.finite(x, "the anti-segregation gradient", t_next), loss
+
+        return after

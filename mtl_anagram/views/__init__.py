@@ -1,15 +1,8 @@
 """Views: what a reader sees of a picture, its exact inverse, and what it does to an attention map."""
 
 from .base import IndexView, View
-from .permutations import PermutationView
+from .pixels import PermutationView
 from .registry import VIEW_NAMES, Composition, get_views, view_from_metadata
 
-__all__ = [
-    "VIEW_NAMES",
-    "Composition",
-    "IndexView",
-    "PermutationView",
-    "View",
-    "get_views",
-    "view_from_metadata",
-]
+__all__ = ["VIEW_NAMES", "Composition", "IndexView", "PermutationView", "View"]
+__all__ += ["get_views", "view_from_metadata"]

@@ -6,8 +6,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from transformers import T5EncoderModel
 
 from mtl_anagram.cascade import embedded_folder
+from mtl_anagram.files.hub import read_json
 from mtl_anagram.models import load_t5, load_tokenizer, load_unet
-from mtl_anagram.models.sources import read_json
 from mtl_anagram.sampling import Schedule
 from tests.helpers import relative
 

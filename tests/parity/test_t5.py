@@ -8,8 +8,7 @@ from transformers import T5Config as ReferenceConfig
 from transformers import T5EncoderModel
 
 from mtl_anagram.errors import ConfigError
-from mtl_anagram.models.t5 import T5Encoder, position_buckets
-from mtl_anagram.models.t5_config import T5Config
+from mtl_anagram.models.t5 import T5Config, T5Encoder, position_buckets
 from tests.helpers import relative
 
 SIZES = {

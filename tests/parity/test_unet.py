@@ -120,8 +120,10 @@ def test_recorded_maps_equal_the_reference_softmax_columns(config, size, resolut
     with torch.no_grad():
         theirs = reference(x, 300, text, class_labels=labels).sample
         maps = ours.text_maps(x, 300, text, spans, labels, resolution=resolution, places=places)
-        prediction, again = ours.forward_with_maps(
-            x, 300, text, spans, labels, resolution=resolution, places=places
+        prediction = ours(x, 300, text, labels)
+        context = ours.prepare(text)
+        again = ours.text_maps(
+            x, 300, context, context.columns(spans), labels, resolution=resolution, places=places
         )
     assert relative(prediction, theirs) < 1e-5
     wanted = {

@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mtl_anagram.errors import WeightsError
+from mtl_anagram.models.checksums import part_files
 from mtl_anagram.models.tokenizers import CLIPTokenizer
 from mtl_anagram.models.upscaler import (
     AutoencoderConfig,
@@ -15,12 +16,8 @@ from mtl_anagram.models.upscaler import (
     UpscalerTokenizer,
     UpscalerUNetConfig,
     load_upscaler,
-    load_upscaler_decoder,
-    load_upscaler_encoder,
-    load_upscaler_text,
-    load_upscaler_unet,
 )
-from mtl_anagram.models.upscaler.loading import old_attention_names
+from mtl_anagram.models.upscaler.loading import OLD_NAMES
 from tests.helpers import data_folder, relative
 from tests.parity import upscaler_references as references
 from tests.parity.upscaler_references import MERGES
@@ -60,7 +57,7 @@ def vae_folder(vae, tmp_path_factory):
 def test_unet_equals_the_reference(changes, tmp_path):
     reference = references.unet(**changes)
     reference.save_pretrained(tmp_path / "unet")
-    ours = load_upscaler_unet(tmp_path)
+    ours = load_upscaler(tmp_path).unet
     x, text = torch.randn(3, 7, 16, 24), torch.randn(3, 9, 24)
     t, levels = torch.tensor([963, 500, 1]), torch.tensor([0, 20, 350])
     with torch.no_grad():
@@ -74,8 +71,7 @@ def test_unet_equals_the_reference(changes, tmp_path):
 
 @pytest.mark.parametrize("band", [None, 1, 3000, 1 << 24])
 def test_decoder_and_encoder_equal_the_reference_in_bands_of_any_height(vae, vae_folder, band):
-    decoder, encoder = load_upscaler_decoder(vae_folder), load_upscaler_encoder(vae_folder)
-    decoder.max_logits = encoder.max_logits = 1 << 24 if band is None else 500  # a few queries at a time
+    decoder, encoder = load_upscaler(vae_folder).decoder, load_upscaler(vae_folder).encoder
     z, pictures = torch.randn(2, 4, 12, 20), torch.rand(2, 3, 40, 48) * 2 - 1
     with torch.no_grad():
         assert relative(decoder(z, band=band), vae.decode(z).sample) < 1e-5
@@ -86,7 +82,7 @@ def test_decoder_and_encoder_equal_the_reference_in_bands_of_any_height(vae, vae
 
 def test_old_attention_names_load_and_the_other_half_is_skipped_by_name(vae, vae_folder, tmp_path):
     state = load_file(vae_folder / "vae" / "diffusion_pytorch_model.safetensors")
-    old = {new: before for before, new in old_attention_names(state).items()}
+    old = {new: before for before, new in OLD_NAMES.items()}
     assert sorted(name.rsplit(".", 2)[1] for name in old.values() if name.startswith("decoder")) == [
         *("key", "key", "proj_attn", "proj_attn", "query", "query", "value", "value")
     ]
@@ -98,37 +94,37 @@ def test_old_attention_names_load_and_the_other_half_is_skipped_by_name(vae, vae
     save_file(renamed, path)
     z, pictures = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        assert relative(load_upscaler_decoder(tmp_path)(z), vae.decode(z).sample) < 1e-5
+        assert relative(load_upscaler(tmp_path).decoder(z), vae.decode(z).sample) < 1e-5
         theirs = vae.encode(pictures).latent_dist.mode()
-        assert relative(load_upscaler_encoder(tmp_path)(pictures), theirs) < 1e-5
+        assert relative(load_upscaler(tmp_path).encoder(pictures), theirs) < 1e-5
     # The diffusers reference reads the old names as well: the map is theirs, not only ours.
     again = type(vae).from_pretrained(folder)
     assert torch.equal(again.decode(z).sample, vae.decode(z).sample)
     save_file({**renamed, "decoder.mid_block.attentions.0.extra.weight": torch.zeros(2)}, path)
     with pytest.raises(WeightsError, match="extra"):
-        load_upscaler_decoder(tmp_path)
+        _ = load_upscaler(tmp_path).decoder
     save_file({**renamed, "encoder.extra.weight": torch.zeros(2)}, path)
     with pytest.raises(WeightsError, match="unexpected: encoder.extra"):
-        load_upscaler_decoder(tmp_path)
+        _ = load_upscaler(tmp_path).decoder
     del renamed["post_quant_conv.bias"]
     save_file(renamed, path)
     with pytest.raises(WeightsError, match="missing: post_quant_conv.bias"):
-        load_upscaler_decoder(tmp_path)
+        _ = load_upscaler(tmp_path).decoder
 
 
 def test_half_precision_is_decoded_in_float32_where_the_config_says_so(vae, vae_folder, tmp_path):
-    assert load_upscaler_decoder(vae_folder, dtype="float16").dtype == torch.float32
-    assert load_upscaler_encoder(vae_folder, dtype="float16").dtype == torch.float32
-    assert load_upscaler_decoder(vae_folder, dtype="bfloat16").dtype == torch.bfloat16
+    assert load_upscaler(vae_folder, dtype="float16").decoder.dtype == torch.float32
+    assert load_upscaler(vae_folder, dtype="float16").encoder.dtype == torch.float32
+    assert load_upscaler(vae_folder, dtype="bfloat16").decoder.dtype == torch.bfloat16
     vae.save_pretrained(tmp_path / "vae", variant="fp16")
     half = tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(half).items()}, half)
-    assert load_upscaler_decoder(tmp_path, variant="fp16").dtype == torch.float32
+    assert load_upscaler(tmp_path, variant="fp16").decoder.dtype == torch.float32
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
     (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, "force_upcast": False}))
-    assert load_upscaler_decoder(tmp_path, variant="fp16").dtype == torch.float16
+    assert load_upscaler(tmp_path, variant="fp16").decoder.dtype == torch.float16
     z = torch.randn(1, 4, 8, 8)
-    low = load_upscaler_decoder(vae_folder, dtype="bfloat16")(z)
+    low = load_upscaler(vae_folder, dtype="bfloat16").decoder(z)
     assert relative(low, vae.decode(z).sample) < 0.05
 
 
@@ -140,7 +136,7 @@ def test_text_tower_equals_the_reference_with_and_without_the_prefix(prefix, tmp
     state = {prefix + name.removeprefix("text_model."): t for name, t in load_file(path).items()}
     state[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
     save_file(state, path)
-    ours = load_upscaler_text(tmp_path)
+    ours = load_upscaler(tmp_path).text_encoder
     for length in (77, 5):
         ids = torch.randint(0, reference.config.vocab_size, (3, length))
         with torch.no_grad():
@@ -178,7 +174,7 @@ TEXTS = [
 
 def test_tokenizer_equals_the_reference(tmp_path):
     references.write_tokenizer(tmp_path / "tokenizer")
-    ours = UpscalerTokenizer.from_source(tmp_path)
+    ours = UpscalerTokenizer(tmp_path)
     # transformers 5 no longer reads special_tokens_map.json beside a tokenizer_config.json; the release's
     # effective padding is named outright.
     reference = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer", pad_token="!")
@@ -197,7 +193,7 @@ def test_tokenizer_equals_the_reference_in_clips_own_vocabulary(tmp_path):
     references.write_tokenizer(tmp_path / "tokenizer")
     pairs.save(tmp_path / "tokenizer" / "merges.txt")
     (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps(pairs.names()))
-    ours = UpscalerTokenizer.from_source(tmp_path)
+    ours = UpscalerTokenizer(tmp_path)
     reference = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer", pad_token="!")
     assert ours.vocab_size == 49408
     expected = reference(TEXTS, padding="max_length", max_length=77, truncation=True).input_ids
@@ -219,6 +215,7 @@ def test_the_whole_release_loads_lazily(vae, tmp_path):
     assert upscaler.scheduler_config("low_res_scheduler") is None
     assert upscaler.scheduler_config("scheduler")[1]["prediction_type"] == "v_prediction"
     assert upscaler.max_noise_level == 350
+    files = part_files(tmp_path, "stage_3", None)
     assert {"unet/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"} <= set(
-        upscaler.files()
+        files
     )

@@ -9,48 +9,26 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 MERGES = ["d u", "du c", "duc k</w>", "c a", "ca t</w>", "o f</w>", "s k", "w o", "wo w</w>", "! !</w>"]
 UNET = {
-    "attention_head_dim": 4,
-    "block_out_channels": [16, 32, 32, 48],
-    "cross_attention_dim": 24,
-    "down_block_types": ["DownBlock2D"] + 3 * ["CrossAttnDownBlock2D"],
-    "in_channels": 7,
-    "layers_per_block": 2,
-    "norm_num_groups": 8,
-    "num_class_embeds": 1000,
-    "only_cross_attention": [True, True, True, False],
-    "out_channels": 4,
-    "sample_size": 16,
-    "up_block_types": 3 * ["CrossAttnUpBlock2D"] + ["UpBlock2D"],
-    "use_linear_projection": True,
-}
+    "attention_head_dim": 4, "block_out_channels": [16, 32, 32, 48], "cross_attention_dim": 24,
+    "down_block_types": ["DownBlock2D"] + 3 * ["CrossAttnDownBlock2D"], "in_channels": 7,
+    "layers_per_block": 2, "norm_num_groups": 8, "num_class_embeds": 1000,
+    "only_cross_attention": [True, True, True, False], "out_channels": 4, "sample_size": 16,
+    "up_block_types": 3 * ["CrossAttnUpBlock2D"] + ["UpBlock2D"], "use_linear_projection": True,
+}  # fmt: skip
 VAE = {
-    "block_out_channels": [16, 24, 32],
-    "down_block_types": 3 * ["DownEncoderBlock2D"],
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 8,
-    "sample_size": 64,
-    "scaling_factor": 0.08333,
-    "up_block_types": 3 * ["UpDecoderBlock2D"],
-}
+    "block_out_channels": [16, 24, 32], "down_block_types": 3 * ["DownEncoderBlock2D"],
+    "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 8, "sample_size": 64,
+    "scaling_factor": 0.08333, "up_block_types": 3 * ["UpDecoderBlock2D"],
+}  # fmt: skip
 TEXT = {
-    "hidden_act": "gelu",
-    "hidden_size": 24,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "max_position_embeddings": 77,
-}
+    "hidden_act": "gelu", "hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 4,
+    "num_hidden_layers": 3, "max_position_embeddings": 77,
+}  # fmt: skip
 SCHEDULER = {
-    "beta_end": 0.02,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.0001,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "v_prediction",
-    "set_alpha_to_one": False,
+    "beta_end": 0.02, "beta_schedule": "scaled_linear", "beta_start": 0.0001, "clip_sample": False,
+    "num_train_timesteps": 1000, "prediction_type": "v_prediction", "set_alpha_to_one": False,
     "steps_offset": 1,
-}
+}  # fmt: skip
 LOW_RES_SCHEDULER = {"beta_end": 0.02, "beta_schedule": "scaled_linear", "beta_start": 0.0001}
 
 

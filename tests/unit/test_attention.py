@@ -1,4 +1,4 @@
-"""The attention function against a slow one that takes a query and a key at a time."""
+"""The attention function against a slow one that takes a query at a time."""
 
 import math
 
@@ -12,27 +12,17 @@ ROWS, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 5, 7, 4
 
 
 def slow(q, k, v, *, mask=None, scale=None, causal=False):
-    """Output (B, N, Q, d) and probabilities (B, N, Q, S), one dot product after another, in doubles."""
+    """Output (B, N, Q, d) and probabilities (B, N, Q, S), one query after another, in doubles."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     output, probabilities = torch.zeros_like(q), torch.zeros(*q.shape[:3], k.shape[2], dtype=q.dtype)
-    for b in range(q.shape[0]):
-        for n in range(q.shape[1]):
-            for i in range(q.shape[2]):
-                weights = []
-                for j in range(k.shape[2]):
-                    logit = (
-                        sum(float(x) * float(y) for x, y in zip(q[b, n, i], k[b, n, j], strict=True)) * scale
-                    )
-                    if mask is not None:
-                        entry = mask.expand(*q.shape[:3], k.shape[2])[b, n, i, j]
-                        if mask.dtype != torch.bool:
-                            logit += float(entry)
-                        elif not entry:
-                            logit = -math.inf
-                    weights.append(0.0 if causal and j > i else math.exp(logit))
-                for j, weight in enumerate(weights):
-                    probabilities[b, n, i, j] = weight / sum(weights)
-                    output[b, n, i] += weight / sum(weights) * v[b, n, j]
+    for i in range(q.shape[2]):
+        logits = (q[:, :, i, None] * k).sum(-1) * scale  # (B, N, S)
+        if mask is not None:
+            entry = mask.expand(*q.shape[:3], k.shape[2])[:, :, i]
+            logits = logits.masked_fill(~entry, -math.inf) if mask.dtype == torch.bool else logits + entry
+        weights = logits.exp() * (torch.arange(k.shape[2]) <= i if causal else 1)
+        probabilities[:, :, i] = weights / weights.sum(-1, keepdim=True)
+        output[:, :, i] = (probabilities[:, :, i, :, None] * v).sum(2)
     return output, probabilities
 
 
@@ -67,9 +57,10 @@ def test_causal():
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_columns_are_those_of_the_softmax_over_all_keys(scale):
     q, k, v = inputs()
-    columns = torch.tensor([[2, 3, 3], [0, 1, 2]])
-    keep = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])  # row 0 asks for two
-    output, chosen = attention_with_columns(q, k, v, columns, keep, scale=scale)
+    columns = torch.zeros(2, 5, 3)  # of the first 5 keys
+    columns[0, [2, 3], [0, 1]] = 1  # row 0 asks for two
+    columns[1, [0, 1, 2], [0, 1, 2]] = 1
+    output, chosen = attention_with_columns(q, k, v, columns, scale=scale)
     expected, probabilities = slow(q, k, v, scale=scale)
     assert relative(output, expected) < 1e-6  # its softmax is in float32
     assert chosen.dtype == torch.float32
@@ -81,8 +72,9 @@ def test_columns_are_those_of_the_softmax_over_all_keys(scale):
 
 def test_columns_are_differentiable():
     q, k, v = (x.float().requires_grad_() for x in inputs())
-    columns, keep = torch.tensor([[1], [4]]), torch.ones(2, 1)
-    chosen = attention_with_columns(q, k, v, columns, keep)[1]
+    columns = torch.zeros(2, 5, 1)
+    columns[0, 1] = columns[1, 4] = 1
+    chosen = attention_with_columns(q, k, v, columns)[1]
     mine = torch.autograd.grad(chosen.square().sum(), (q, k))
     probabilities = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(WIDTH), -1)
     wanted = probabilities[0, ..., 1].square().sum() + probabilities[1, ..., 4].square().sum()

@@ -1,11 +1,12 @@
 """The noise-aware CLIP against a slow readable restatement, its names and sizes, and its refusals."""
 
+import hashlib
 import re
 
 import pytest
 import torch
 
-from mtl_anagram.errors import InputError, WeightsError
+from mtl_anagram.errors import InputError
 from mtl_anagram.models.noise_clip import (
     ImageEncoder,
     NoiseCLIP,
@@ -87,17 +88,14 @@ def randomise(module):
     return module.requires_grad_(False)
 
 
-def small_clip(heads=None):
-    image = ImageEncoder(
-        image_size=12, patch_size=4, width=128, layers=2, heads=heads, embedding=24, n_timesteps=50
-    )
-    text = TextEncoder(vocab=519, context=16, width=64, layers=3, heads=heads, embedding=24)
+def small_clip():
+    image = ImageEncoder(image_size=12, patch_size=4, width=128, layers=2, embedding=24, n_timesteps=50)
+    text = TextEncoder(vocab=519, context=16, width=64, layers=3, embedding=24)
     return NoiseCLIP(randomise(image), randomise(text), CLIPTokenizer(MERGES))
 
 
-@pytest.mark.parametrize("heads, expected", [(None, (2, 1)), (4, (4, 4))])
-def test_towers_equal_the_slow_ones(heads, expected):
-    clip = small_clip(heads)
+def test_towers_equal_the_slow_ones():
+    clip, expected = small_clip(), (2, 1)
     pictures = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(1))
     slow = slow_image(clip.image_encoder.state_dict(), pictures, [0, 7, 49], expected[0])
     assert relative(clip.embed_image(pictures, torch.tensor([0, 7, 49])), slow) <= 1e-5
@@ -105,27 +103,6 @@ def test_towers_equal_the_slow_ones(heads, expected):
         ids, length = clip.tokenizer.encode(text, 16)
         slow = slow_text(clip.text_encoder.state_dict(), ids, length, expected[1])
         assert relative(clip.embed_text([text])[0], slow) <= 1e-5
-
-
-def test_finished_pictures_are_looked_at_more_than_once():
-    """A unit vector, of what is mostly the picture, the same alone as in a batch, nearly so when mirrored."""
-    clip = small_clip()
-    pictures = torch.rand(5, 3, 12, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    found = clip.embed_finished(pictures)
-    assert torch.allclose(found.norm(dim=-1), torch.ones(5), atol=1e-5)
-    assert relative(clip.embed_finished(pictures[2:3]), found[2:3]) <= 1e-5
-    assert torch.equal(clip.embed_finished(pictures), found)
-    clip.image_encoder.forward = lambda x, t: x.flatten(1)  # what it is shown, on the average
-    assert (clip.embed_finished(pictures) @ torch.nn.functional.normalize(pictures.flatten(1)).T).argmax(
-        1
-    ).tolist() == list(range(5))
-    del clip.image_encoder.forward
-
-    def moved(embed):  # by a mirror, next to how far two pictures lie apart
-        own = embed(pictures)
-        return ((embed(pictures.flip(-1)) - own).norm(dim=-1) / torch.pdist(own).mean()).mean()
-
-    assert moved(clip.embed_finished) < 0.8 * moved(lambda x: clip.embed_image(x, 0))
 
 
 def test_what_follows_the_end_token_does_not_count():
@@ -137,63 +114,35 @@ def test_what_follows_the_end_token_does_not_count():
 
 
 def test_real_size_has_the_published_names_and_shapes():
+    """Of the published files: tensors, parameters, and the SHA-256 of all "name shape" lines, sorted by name."""
     with torch.device("meta"):
         image, text = ImageEncoder(), TextEncoder()
-    for module, width, tensors, parameters in ((image, 768, 188, 86_443_776), (text, 512, 185, 71_679_488)):
-        state = module.state_dict()
-        assert len(state) == tensors
-        assert sum(value.numel() for value in state.values()) == parameters
-        block = {name: tuple(value.shape) for name, value in state.items() if ".block_11." in name}
-        assert block == {
-            f"blocks.block_11.{name}": shape
-            for name, shape in {
-                "f_attn.ln.g": (width,), "f_attn.ln.b": (width,),
-                "f_attn.f_q.w": (width, width), "f_attn.f_q.b": (width,),
-                "f_attn.f_k.w": (width, width),
-                "f_attn.f_v.w": (width, width), "f_attn.f_v.b": (width,),
-                "f_attn.f_c.w": (width, width), "f_attn.f_c.b": (width,),
-                "f_mlp.ln.g": (width,), "f_mlp.ln.b": (width,),
-                "f_mlp.f_1.w": (4 * width, width), "f_mlp.f_1.b": (4 * width,),
-                "f_mlp.f_2.w": (width, 4 * width), "f_mlp.f_2.b": (width,),
-            }.items()
-        }  # fmt: skip
-        rest = {name: tuple(value.shape) for name, value in state.items() if ".block_" not in name}
-        entry = (
-            {"w_t": (1000, 768), "patch_proj": (768, 3, 4, 4), "w_pos": (257, 768), "ln.g": (768,),
-             "ln.b": (768,)}
-            if module is image
-            else {"w_voc": (65536, 512), "w_pos": (77, 512)}
-        )  # fmt: skip
-        exit_ = {"ln.g": (width,), "ln.b": (width,), "f.w": (512, width)}
-        assert rest == {f"blocks.input.{k}": v for k, v in entry.items()} | {
-            f"blocks.output.{k}": v for k, v in exit_.items()
-        }
+    for module, *published in (
+        (image, 188, 86_443_776, "84d9cb01ca743e72"),
+        (text, 185, 71_679_488, "f05f74c724b73694"),
+    ):
+        shapes = sorted((name, tuple(value.shape)) for name, value in module.state_dict().items())
+        digest = hashlib.sha256("\n".join(f"{name} {shape}" for name, shape in shapes).encode()).hexdigest()
+        assert [len(shapes), sum(p.numel() for p in module.parameters()), digest[:16]] == published
 
 
 def test_towers_are_read_off_the_shapes():
     clip = small_clip()
     for module, build in ((clip.image_encoder, image_encoder_from), (clip.text_encoder, text_encoder_from)):
-        state = module.state_dict()
-        built = build(state)
-        assert all(value.is_meta for value in built.state_dict().values())
-        built.load_state_dict(state, strict=True, assign=True)
-        if module is clip.image_encoder:
-            pictures = torch.randn(2, 3, 12, 12)
-            assert torch.equal(built(pictures, 3), module(pictures, 3))
-        else:
-            ids = torch.tensor([[517, 4, 518]])
-            assert torch.equal(built(ids, torch.tensor([3])), module(ids, torch.tensor([3])))
+        with torch.device("meta"):
+            built = build(module.state_dict())
+        built.load_state_dict(module.state_dict(), strict=True, assign=True)
+        inputs = (torch.randn(2, 3, 12, 12), 3)
+        if module is clip.text_encoder:
+            inputs = torch.tensor([[517, 4, 518]]), torch.tensor([3])
+        assert torch.equal(built(*inputs), module(*inputs))
 
 
 @pytest.mark.parametrize(
     "name, shape, match",
     [
-        ("blocks.input.w_t", None, "lacks blocks.input.w_t"),
-        ("blocks.input.w_t", (50,), "2 dimensions"),
-        ("blocks.input.w_t", (50, 96), "multiple of 64"),
-        ("blocks.input.w_pos", (11, 128), "11 positions"),
-        ("blocks.input.patch_proj", (128, 1, 4, 4), "1 channels"),
-        ("blocks.output.f.w", None, "lacks blocks.output.f.w"),
+        ("blocks.input.w_t", None, "blocks.input.w_t"),
+        ("blocks.input.w_t", (50, 96), "width=96.*multiple of 64"),
     ],
 )
 def test_states_of_another_model_are_refused(name, shape, match):
@@ -201,15 +150,9 @@ def test_states_of_another_model_are_refused(name, shape, match):
     del state[name]
     if shape is not None:
         state[name] = torch.zeros(shape)
-    with pytest.raises(WeightsError, match=match):
+    with pytest.raises(InputError, match=match):
         image_encoder_from(state)
-    with pytest.raises(WeightsError, match=r"lacks blocks\.input\.w_voc"):
-        text_encoder_from(state)
-
-
-def test_a_state_without_blocks_is_refused():
-    state = {n: v for n, v in small_clip().text_encoder.state_dict().items() if ".block_" not in n}
-    with pytest.raises(WeightsError, match="no blocks"):
+    with pytest.raises(InputError, match=r"blocks\.input\.w_voc"):
         text_encoder_from(state)
 
 
@@ -233,12 +176,6 @@ def test_scores_are_each_views_cosine_with_its_own_prompt():
     assert torch.allclose(score(pictures, torch.tensor(7)), scores, atol=1e-6)
 
 
-def test_score_is_differentiable_in_the_pictures():
-    pictures = torch.randn(1, 1, 3, 12, 12, requires_grad=True)
-    small_clip().scorer(["a duck"])(pictures, 3).sum().backward()
-    assert pictures.grad.abs().max() > 0
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_other_dtypes(dtype):
     clip = small_clip()
@@ -259,18 +196,9 @@ def test_all_parameters_learn():
 @pytest.mark.parametrize(
     "shape, t, match",
     [
-        ((2, 3, 3, 12, 12), 5, r"must be \(B, 2, 3, 12, 12\)"),
-        ((2, 3, 12, 12), 5, "one view for each"),
-        ((1, 2, 3, 8, 8), 5, "resize"),
-        ((1, 2, 1, 12, 12), 5, "must be"),
-        ((1, 2, 3, 12, 12), 50, "t=50 is outside 0..49"),
-        ((1, 2, 3, 12, 12), -1, "t=-1"),
-        ((1, 2, 3, 12, 12), 2.0, "t=2.0"),
-        ((1, 2, 3, 12, 12), True, "t=True"),
-        ((1, 2, 3, 12, 12), None, "t=None"),
-        ((1, 2, 3, 12, 12), torch.tensor([3, 4]), "2 entries for 1 pictures"),
-        ((1, 2, 3, 12, 12), torch.tensor([50]), "from 50 to 50"),
-        ((1, 2, 3, 12, 12), torch.tensor([1.5]), "float32"),
+        ((2, 3, 3, 12, 12), 5, r"here \(any, 2, 3, 12, 12\)"),
+        ((1, 2, 3, 12, 12), 50, "t=50 must be a whole number from 0 to 49"),
+        ((1, 2, 3, 12, 12), torch.tensor([3, 4, 5]), "one or 2, one for each picture"),
     ],
 )
 def test_scorer_refuses(shape, t, match):
@@ -278,26 +206,10 @@ def test_scorer_refuses(shape, t, match):
         small_clip().scorer(["a duck", "a cat"])(torch.zeros(shape), t)
 
 
-@pytest.mark.parametrize("texts", ["a duck", [], [3], None, ["a", None]])
-def test_texts_are_checked(texts):
-    with pytest.raises(InputError):
-        small_clip().embed_text(texts)
-
-
-def test_pictures_are_checked():
-    for pictures in ([1.0], torch.zeros(1, 3, 12, 12, dtype=torch.uint8)):
-        with pytest.raises(InputError, match="pictures must be"):
-            small_clip().embed_image(pictures, 3)
-
-
 def test_parts_that_do_not_belong_together_are_refused():
     clip = small_clip()
     text = TextEncoder(vocab=519, context=16, width=64, layers=1, embedding=8)
     with pytest.raises(InputError, match="24 numbers, texts in 8"):
         NoiseCLIP(clip.image_encoder, text, clip.tokenizer)
-    with pytest.raises(InputError, match="520 tokens, the text tower only 519"):
+    with pytest.raises(InputError, match="520 tokens, the text tower 519"):
         NoiseCLIP(clip.image_encoder, clip.text_encoder, CLIPTokenizer([*MERGES, "a b"]))
-    with pytest.raises(InputError, match="heads=5"):
-        TextEncoder(vocab=9, width=64, layers=1, heads=5)
-    with pytest.raises(InputError, match="patch_size=5"):
-        ImageEncoder(image_size=12, patch_size=5)

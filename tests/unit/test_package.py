@@ -1,6 +1,7 @@
 """The package as a whole: what it imports, what importing it touches, what it promises by name."""
 
 import ast
+import graphlib
 import importlib
 import os
 import pkgutil
@@ -8,25 +9,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import mtl_anagram
+from tests import sizes
 
 PACKAGE = Path(mtl_anagram.__file__).resolve().parent
 ROOT = PACKAGE.parent
+FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "mtl_anagram."))
 REFERENCES = {"diffusers", "transformers", "torchvision"}
 REQUIREMENTS = {"torch", "safetensors", "huggingface_hub", "sentencepiece", "einops", "pillow", "tqdm"}
+# Arrows run down only: what each part may import of the others.
+HOUSE = ("__main__", "evaluation", "generate", "cascade", "models", "files", "errors")
+BELOW = {part: set(HOUSE[i + 1 :]) for i, part in enumerate(HOUSE)}
+for upper in HOUSE[:4]:
+    BELOW[upper] |= {"sampling", "views"}
+BELOW |= {"sampling": {"errors"}, "views": {"errors"}}
 
 
 def run(script, tmp_path):
     """Run a script in a new process with a fresh home; returns its stdout."""
     home = tmp_path / "home"
     home.mkdir()
-    kept = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "VIRTUAL_ENV")
-    environment = {name: os.environ[name] for name in kept if name in os.environ}
-    environment |= {"HOME": str(home), "USERPROFILE": str(home), "PYTHONPATH": str(ROOT)}
-    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    kept = {"PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "VIRTUAL_ENV"} & set(os.environ)
+    environment = {name: os.environ[name] for name in kept} | {"HOME": str(home), "USERPROFILE": str(home)}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
@@ -58,10 +64,20 @@ before = state()
 import mtl_anagram
 assert state() == before
 assert mtl_anagram.get_views(["identity"])  # the names are there
-loaded = {name.partition(".")[0] for name in sys.modules}
-print(sorted({"diffusers", "transformers", "torchvision"} & loaded))
+assert not {"diffusers", "transformers", "torchvision"} & set(sys.modules)
 """
-    assert run(script, tmp_path) == "[]\n"
+    run(script, tmp_path)
+
+
+def test_help_needs_no_torch(tmp_path):
+    script = """
+import contextlib, sys
+from mtl_anagram.__main__ import main
+with contextlib.suppress(SystemExit):
+    main(["--help"])
+assert not {"torch", "PIL", "huggingface_hub"} & set(sys.modules)
+"""
+    assert "generate" in run(script, tmp_path)
 
 
 def test_all_modules_import_where_only_the_requirements_are_installed(tmp_path):
@@ -76,15 +92,25 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 for name in {MODULES}:
     importlib.import_module(name)
-print(len(sys.modules))
 """
-    assert int(run(script, tmp_path)) > len(MODULES)
+    assert len(MODULES) > 40
+    run(script, tmp_path)
+
+
+def module_of(path):
+    parts = ["mtl_anagram", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(path):
-    """The absolute names of all modules that a file imports, at the top or within functions."""
+    """The absolute names of all modules that a file imports, at the top or within functions; not for types alone."""
     package = ["mtl_anagram", *path.relative_to(PACKAGE).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typed = (n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    for_types = {id(inner) for node in typed for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -94,93 +120,73 @@ def imports(path):
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def test_the_reading_of_imports():
-    """The tests below say nothing if `imports` misses some."""
-    found = set(imports(PACKAGE / "output.py"))
-    assert {"torch", "mtl_anagram.cascade", "mtl_anagram.views", "mtl_anagram.models.sources"} <= found
-    assert "mtl_anagram.__version__" in found  # within a function
-    assert "mtl_anagram.errors" in set(imports(PACKAGE / "sampling" / "stages.py"))
-
-
-def test_only_requirements_are_imported():
+def test_modules_import_requirements_alone_and_say_what_they_are():
     allowed = REQUIREMENTS - {"pillow"} | {"PIL", "mtl_anagram"} | set(sys.stdlib_module_names)
-    for path in PACKAGE.rglob("*.py"):
+    for path in FILES:
         assert {name.partition(".")[0] for name in imports(path)} <= allowed, path
-
-
-@pytest.mark.parametrize(
-    "package, others",
-    [
-        ("sampling", {"models", "views", "generate", "cascade", "cli", "media", "prompts"}),
-        ("models", {"sampling", "views", "generate", "cascade", "cli", "media", "prompts"}),
-        ("views", {"sampling", "models", "generate", "cascade", "cli", "media", "prompts"}),
-    ],
-)
-def test_arrows_run_one_way(package, others):
-    files = list((PACKAGE / package).rglob("*.py"))
-    assert len(files) > 3
-    for path in files:
-        for name in imports(path):
-            parts = name.split(".")
-            assert parts[0] != "mtl_anagram" or not others & set(parts[1:2]), f"{path} imports {name}"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("mtl_anagram", "mtl_anagram.models", "mtl_anagram.models.upscaler"),
-        *("mtl_anagram.sampling", "mtl_anagram.views"),
-    ],
-)
-def test_public_names_exist(name):
-    module = importlib.import_module(name)
-    assert len(module.__all__) == len(set(module.__all__))
-    assert all(hasattr(module, public) for public in module.__all__)
-    assert module.__doc__
-
-
-def test_promised_names():
-    from mtl_anagram import Cascade, Recipe, generate_anagram, get_views  # noqa: F401
-    from mtl_anagram.models import load_noise_clip, load_t5, load_tokenizer, load_unet  # noqa: F401
-    from mtl_anagram.sampling import (  # noqa: F401
-        Schedule,
-        anti_segregation_loss,
-        balance,
-        ddpm_step,
-        rectify,
-        sample_stage1,
-        sample_stage2,
-    )
-
-
-def test_every_module_says_what_it_is():
-    for path in PACKAGE.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
 
 
-def setup_arguments():
-    """The keyword arguments of setup.py's call of setup(), as syntax trees."""
+def test_arrows_run_one_way():
+    """__main__ -> evaluation -> generate -> cascade -> models -> files -> errors; sampling, views -> errors."""
+    for path in FILES:
+        part = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if part == "__init__":
+            continue  # which hands out names, each when it is asked for
+        for name in imports(path):
+            other = name.split(".")[1] if name.startswith("mtl_anagram.") else part
+            if other in BELOW:
+                assert other == part or other in BELOW[part], f"{path} imports {name}"
+
+
+def test_no_circle():
+    """Of modules, also through an import within a function."""
+    known = {module_of(path): path for path in FILES if path != PACKAGE / "__init__.py"}
+    graph = {}
+    for module, path in known.items():
+        found, package = set(imports(path)), module.rpartition(".")[0]
+        graph[module] = {name for name in found if name in known and name != module}
+        # `from . import x` asks the package for its module x; only for another name must it be there before.
+        if path.name != "__init__.py" and all(
+            name in known for name in found if name.rpartition(".")[0] == package
+        ):
+            graph[module].discard(package)
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(known)
+
+
+PROMISED = {
+    "mtl_anagram": "generate_anagram Cascade Recipe get_views",
+    "mtl_anagram.models": "load_unet load_t5 load_tokenizer load_noise_clip",
+    "mtl_anagram.models.noise_clip": "HEAD_SIZE",
+    "mtl_anagram.models.unet": "UNet UNetConfig",
+    "mtl_anagram.sampling": "balance rectify anti_segregation_loss ddpm_step sample Schedule sample_stage1 "
+    "sample_stage2",
+}
+
+
+def test_promised_names():
+    for module, names in PROMISED.items():
+        assert all(hasattr(importlib.import_module(module), name) for name in names.split()), module
+
+
+def test_sizes():
+    """The root's entries, the longest file, and the README; `python -m tests.sizes` prints all of them."""
+    found = sizes.sizes()
+    for name in ("entries of the package's root", "longest file", "README lines"):
+        assert found[name][0] <= sizes.LIMITS[name], (name, found[name])
+
+
+def test_what_is_installed():
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    (call,) = (
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setup"
-    )
-    return {keyword.arg: keyword.value for keyword in call.keywords}
-
-
-@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="an installed package has no setup.py")
-def test_requirements_of_the_package():
-    arguments = setup_arguments()
-    required = ast.literal_eval(arguments["install_requires"])
-    assert len(required) == len(REQUIREMENTS)
-    assert {line.partition(">=")[0] for line in required} == REQUIREMENTS
+    (call,) = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "setup")
+    arguments = {keyword.arg: keyword.value for keyword in call.keywords}
+    required = [line.partition(">=")[0] for line in ast.literal_eval(arguments["install_requires"])]
+    assert sorted(required) == sorted(REQUIREMENTS)
     extras = ast.literal_eval(arguments["extras_require"])
     assert {"diffusers", "transformers"} <= {line.partition(">=")[0] for line in extras["test"]}
-    assert ast.literal_eval(arguments["entry_points"]) == {
-        "console_scripts": ["mtl-anagram = mtl_anagram.cli:main"]
-    }
-
-
-def test_the_type_marker_is_there():
+    command = "mtl-anagram = mtl_anagram.__main__:main"
+    assert ast.literal_eval(arguments["entry_points"]) == {"console_scripts": [command]}
+    assert {"author", "url", "project_urls", "classifiers", "keywords"} <= set(arguments)
+    packed = (ROOT / "MANIFEST.in").read_text(encoding="utf-8")
+    assert all(name in packed for name in ("constraints.txt", "weights", "README.md", "LICENSE"))
     assert (PACKAGE / "py.typed").is_file()

@@ -1,20 +1,17 @@
-"""Prompts: style, checks, brackets, and the tokens of the concept."""
-
-import warnings
+"""Prompts: style, brackets, the tokens of the concept, and what a request warns of."""
 
 import pytest
 
-from mtl_anagram.errors import InputError, PromptWarning
-from mtl_anagram.models.tokenizers import T5Tokenizer
-from mtl_anagram.prompts import (
-    check_learnt,
-    check_prompts,
+from mtl_anagram.errors import InputError
+from mtl_anagram.models.prompts import (
     concept_span,
     other_prompts,
     parse_concept,
+    request_warnings,
     styled,
     with_article,
 )
+from mtl_anagram.models.tokenizers import T5Tokenizer
 from tests.unit.tiny import sentencepiece_model
 
 
@@ -25,158 +22,111 @@ def tokenizer(tmp_path_factory):
     return T5Tokenizer(path)
 
 
-def named(tokenizer, prompt, *args, **options):
+def named(tokenizer, prompt, *args):
     """The text of the tokens that concept_span gives."""
-    start, stop = concept_span(tokenizer, prompt, *args, **options)
+    start, stop = concept_span(tokenizer, prompt, *args)
     ids = tokenizer.encode(prompt if args else parse_concept(prompt).prompt)
     return "".join(tokenizer.pieces(ids[start:stop])).replace("▁", " ").strip()
 
 
-def test_styled():
-    assert styled("a sketch of", "a duck") == "a sketch of a duck"
-    assert styled("", "a duck") == "a duck"
-    assert styled("a photo of", "") == "a photo of"
-    for wrong in ((None, "a duck"), ("a", 3)):
-        with pytest.raises(InputError, match="must be a str"):
-            styled(*wrong)
-
-
-def test_articles():
-    assert [with_article(n) for n in ("duck", "eye", "the moon")] == ["a duck", "an eye", "the moon"]
-
-
 def test_other_prompts_leave_out_what_is_asked_for():
+    assert [styled("a photo of", prompt) for prompt in ("a duck", "")] == ["a photo of a duck", "a photo of"]
+    assert [with_article(n) for n in ("duck", "eye", "the moon")] == ["a duck", "an eye", "the moon"]
     concepts = ("duck", "house", "house plant", "apple")
     assert other_prompts("a sketch of", ["a duck", "a house plant"], concepts) == ["a sketch of an apple"]
     assert other_prompts("", ["a house"], concepts) == ["a duck", "a house plant", "an apple"]
     assert other_prompts("a sketch of", ["a duck"], ()) == []
 
 
-def test_what_a_cascade_has_not_learnt_is_said():
-    concepts = ("cat", "wine glass")
-    with pytest.warns(
-        PromptWarning, match="'a sketch of a caterpillar', 'a wine': small .* cat, wine glass"
-    ) as seen:
-        check_learnt(["a sketch of a caterpillar", "a CAT's head", "a wine"], concepts, "small")
-    assert len(seen) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_learnt(["a Cat", "two cats, one cat", "a wine glass"], concepts, "small")
-        check_learnt(["a dragon"], (), "large")
+def test_parse_concept():
+    assert parse_concept("a sketch of a [sea turtle]") == ("a sketch of a sea turtle", "sea turtle", 14)
+    assert parse_concept("[Duck] in water") == ("Duck in water", "Duck", 0)
+    assert parse_concept("a [ duck ]!") == ("a  duck !", "duck", 3)
+    assert parse_concept("a duck") == ("a duck", None, None)
+    for prompt in ("a [duck", "a ]duck[", "a [sea [turtle]]", "a [duck] and [cat]", "a [ ] duck"):
+        with pytest.raises(InputError, match="brackets .*sea turtle"):
+            parse_concept(prompt)
 
 
-def test_check_prompts():
-    assert check_prompts(("a duck", "a cat"), 2) == ["a duck", "a cat"]
-    for prompts, views, match in (
-        ("a duck", 1, "list of str"),
-        (None, 1, "list of str"),
-        ([], 0, "empty"),
-        (["a duck"], 2, "1 prompts for 2 views"),
-        (["a duck", 3], 2, r"prompts\[1\] must be a str"),
-        (["a duck", " \n"], 2, r"prompts\[1\].* no text"),
-    ):
-        with pytest.raises(InputError, match=match):
-            check_prompts(prompts, views)
-
-
-@pytest.mark.parametrize(
-    "prompt, expected",
-    [
-        ("a sketch of a [sea turtle]", ("a sketch of a sea turtle", "sea turtle", 14)),
-        ("[Duck] in water", ("Duck in water", "Duck", 0)),
-        ("a [ duck ]!", ("a  duck !", "duck", 3)),
-        ("a duck", ("a duck", None, None)),
-    ],
-)
-def test_parse_concept(prompt, expected):
-    assert tuple(parse_concept(prompt)) == expected
-
-
-@pytest.mark.parametrize(
-    "prompt, match",
-    [
-        ("a [duck", "unbalanced"),
-        ("a duck]", "unbalanced"),
-        ("a ]duck[", "unbalanced"),
-        ("a [sea [turtle]]", "2 pairs"),
-        ("a [duck] and a [cat]", "2 pairs"),
-        ("a []", "empty"),
-        ("a [ ] duck", "empty"),
-        (3, "must be a str"),
-    ],
-)
-def test_parse_concept_refuses(prompt, match):
-    with pytest.raises(InputError, match=match):
-        parse_concept(prompt)
-
-
-def test_concept_is_the_last_word_by_default(tokenizer):
-    assert named(tokenizer, "a sketch of a sea turtle") == "turtle"
-    assert named(tokenizer, "A Sketch of the DUCK ") == "duck"
-    assert named(tokenizer, "a sketch of a turtle.") == "turtle."
-    assert concept_span(tokenizer, "duck")[0] == 0
-
-
-def test_concept_in_brackets_or_given(tokenizer):
-    assert named(tokenizer, "a sketch of a [sea turtle] in the house") == "sea turtle"
-    assert named(tokenizer, "a sketch of a sea turtle in the house", "Sea Turtle") == "sea turtle"
-    assert named(tokenizer, "  The [Big Cat]") == "big cat"
-    assert named(tokenizer, "the house ([cat]).") == "cat"
-
-
-def test_of_two_occurrences_brackets_mean_the_marked_one(tokenizer):
-    prompt = "the duck near the duck"
-    first = concept_span(tokenizer, prompt)
-    assert first == concept_span(tokenizer, "the [duck] near the duck") == (1, 2)
-    last = len(tokenizer.encode(prompt)) - 1
-    assert concept_span(tokenizer, "the duck near the [duck]") == (last - 1, last)
-    assert concept_span(tokenizer, prompt, "duck", position=18) == (last - 1, last)
-    parsed = parse_concept("the duck near the [duck]")
-    assert concept_span(tokenizer, parsed.prompt, parsed.concept, position=parsed.position) == (
-        last - 1,
-        last,
-    )
-
-
-def test_brackets_find_their_place_behind_text_whose_length_changes(tokenizer):
+SPANS = {
+    ("a sketch of a sea turtle",): "turtle",
+    ("A Sketch of the DUCK ",): "duck",
+    ("a sketch of a turtle.",): "turtle.",
+    ("a sketch of a [sea turtle] in the house",): "sea turtle",
+    ("a sketch of a sea turtle in the house", "Sea  Turtle"): "sea turtle",
+    ("  The [Big Cat]",): "big cat",
+    ("the house ([cat]).",): "cat",
+    ("the house (cat).", "cat"): "cat",
+    ("the [house]plant",): "house",
     # Lower case makes two characters of the capital I with a dot; the normaliser takes ligatures apart.
-    assert named(tokenizer, "  İİ ﬁﬁ ½ ☃ the [duck] duck") == "duck"
-    assert named(tokenizer, "the <extra_id_0>  duck   [cat] cat") == "cat"
+    ("  İİ ﬁﬁ ½ ☃ the [duck] duck",): "duck",
+    ("the <extra_id_0>  duck   [cat] cat",): "cat",
+}
 
 
-def test_position_is_the_one_that_counts(tokenizer):
-    for position in (1, -1, 400, True, "4"):
-        with pytest.raises(InputError, match="character|position="):
-            concept_span(tokenizer, "the duck", "duck", position=position)
+def test_the_concepts_tokens(tokenizer):
+    assert {given: named(tokenizer, *given) for given in SPANS} == SPANS
 
 
-def test_a_concept_that_is_not_there_shows_the_tokens(tokenizer):
-    with pytest.raises(InputError, match="'rabbit' is not among .*0:▁the 1:▁duck.*brackets"):
+@pytest.mark.parametrize("prompt", ["houseplants and a house", "a snowman in the snow"])
+def test_a_concept_is_whole_words(tokenizer, prompt):
+    words, _, word = prompt.rpartition(" ")
+    stop = len(tokenizer.encode(prompt)) - 1
+    assert concept_span(tokenizer, prompt)[1] == concept_span(tokenizer, prompt, word)[1] == stop
+    with pytest.raises(InputError, match=f"'{word}' is no whole word"):
+        concept_span(tokenizer, words, word)
+
+
+def test_of_two_occurrences_the_last_is_the_default_and_brackets_mean_the_marked_one(tokenizer):
+    prompt = "the duck near the duck"
+    last = len(tokenizer.encode(prompt)) - 1
+    assert concept_span(tokenizer, prompt) == (last - 1, last)
+    assert concept_span(tokenizer, prompt, "duck") == (1, 2)
+    for marked, span in {
+        "the [duck] near the duck": (1, 2),
+        "the duck near the [duck]": (last - 1, last),
+    }.items():
+        assert concept_span(tokenizer, marked) == span
+        parsed = parse_concept(marked)
+        assert concept_span(tokenizer, parsed.prompt, parsed.concept, position=parsed.position) == span
+    both = concept_span(tokenizer, "the [duck] near the house", "house")  # a concept goes before brackets
+    assert both == concept_span(tokenizer, "the duck near the house")
+
+
+def test_a_concept_that_is_not_there_or_cut_shows_the_tokens(tokenizer):
+    with pytest.raises(InputError, match="'rabbit'.*0:▁the 1:▁duck.*brackets"):
         concept_span(tokenizer, "the duck", "rabbit")
-
-
-def test_a_concept_beyond_the_cut_is_an_error(tokenizer):
     prompt = "the " * 75 + "duck"
     assert concept_span(tokenizer, prompt) == (75, 76)
-    with pytest.raises(InputError, match="only the first 76 are kept .*76:▁duck"):
+    with pytest.raises(InputError, match="'duck' .*the first 76 tokens .*76:▁duck.*shorten"):
         concept_span(tokenizer, "the " + prompt)
-    assert concept_span(tokenizer, "the " + prompt, max_length=78) == (76, 77)
-    with pytest.raises(InputError, match="only the first 2"):
-        concept_span(tokenizer, "the the the [duck]", max_length=3)
+    for prompt, concept in (("", None), ("  ", None), ("the duck", " ")):
+        with pytest.raises(InputError):
+            concept_span(tokenizer, prompt, concept)
+
+
+CASCADE = {"learnt": ("cat", "wine glass"), "styles": ("a sketch of", "a painting of"), "name": "small"}
+
+
+def test_nothing_is_said_of_what_will_work(tokenizer):
+    prompts = ["a sketch of a Cat", "a sketch of two cats, one cat", "a sketch of a wine glass"]
+    assert not request_warnings(tokenizer, prompts, style="A  sketch of", size=64, trained_size=64, **CASCADE)
+    assert request_warnings(tokenizer, ["a cat", "A Sketch of a cat"], **CASCADE) == []
+    assert request_warnings(tokenizer, ["a photo of a dragon"] * 2, [None, None], size=96) == []
 
 
 @pytest.mark.parametrize(
-    "prompt, concept, match",
+    "prompts, options, expected",
     [
-        ("", None, "no text"),
-        ("  ", None, "no text"),
-        ("the duck", " ", "no text"),
-        ("the [duck]", "duck", "name the concept once"),
-        (None, "duck", "must be str"),
-        ("the duck", 3, "must be str"),
-        (7, None, "must be a str"),
+        (["the " * 80 + "cat"], {}, ["81 tokens", "76", "'the the the the cat'"]),
+        (["a 鸭 duck", "a ☃☃ cat"], {}, ["'鸭'", "'☃☃'", "same picture"]),
+        (["an oil cat", "the cat"], {"concepts": [None, "Cat"]}, ["'cat'", "[sea turtle]"]),
+        (["a sketch of a caterpillar"], CASCADE, ["caterpillar'", "small", "cat, wine glass", "model="]),
+        (["a woodcut of a cat"], CASCADE, ["'a woodcut of'", "small", "a sketch of, a painting of"]),
+        (["blue ink a cat"], {"style": "blue ink", **CASCADE}, ["'blue ink'", "a sketch of, a painting of"]),
+        (["a cat"], {"size": 96, "trained_size": 64, **CASCADE}, ["size=96", "64 px", "leave size out"]),
     ],
 )
-def test_concept_span_refuses(tokenizer, prompt, concept, match):
-    with pytest.raises(InputError, match=match):
-        concept_span(tokenizer, prompt, concept)
+def test_a_request_warns(tokenizer, prompts, options, expected):
+    (text,) = request_warnings(tokenizer, prompts, **options)
+    assert all(part in text for part in expected), text

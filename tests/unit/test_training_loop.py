@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,14 +37,10 @@ class Counter:
         self, plan: Plan, data: dict, concepts: tuple[str, ...], typical: torch.Tensor | None
     ) -> None:
         self.plan, self.concepts, self.typical = plan, concepts, typical
-        self.step, self.seconds, self.began = 0, 0.0, None
-
-    @property
-    def seen(self) -> int:
-        return 4 * self.step
+        self.step, self.seen, self.seconds, self.began = 0, 0, 0.0, None
 
     def train_step(self) -> tuple[float, ...]:
-        self.step += 1
+        self.step, self.seen = self.step + 1, self.seen + 4
         return float(self.step), 2.0 * self.step
 
     def state(self) -> dict[str, Any]:
@@ -50,7 +48,7 @@ class Counter:
         return {"plan": plan, "step": self.step, "seconds": self.seconds, "concepts": self.concepts}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seen, self.seconds = state["step"], 4 * state["step"], state["seconds"]
 
     def begin_from(self, folder: Path) -> None:
         self.began = folder
@@ -62,7 +60,7 @@ def packed(monkeypatch) -> dict[str, torch.Tensor]:
     labels = torch.arange(2 * len(drawings.CONCEPTS)) % len(drawings.CONCEPTS)
     ink = torch.zeros(len(labels), 64, 64, dtype=torch.uint8)
     ink[:, 20:44, 30:34] = 255
-    parts = {"": ink, "_shapes": ink, "_labels": labels}
+    parts = {"": ink, "_shapes": ink, "_regions": ink // 255, "_labels": labels}
     data = {f"{s}{kind}": value for s in ("train", "judge", "test") for kind, value in parts.items()}
     monkeypatch.setattr(drawings, "load", lambda *_: data)
     return data
@@ -70,7 +68,7 @@ def packed(monkeypatch) -> dict[str, torch.Tensor]:
 
 def arguments(tmp_path: Path, *more: str) -> Any:
     parser = loop.options("words", Plan(), GIVEN, "nowhere")
-    return parser.parse_args(["--data", "none", "--run", str(tmp_path / "run"), "--threads", "1", *more])
+    return parser.parse_args(["--data", "none", "--run", str(tmp_path / "run"), *more])
 
 
 def test_labels_are_places_in_the_concepts_asked_for(packed) -> None:
@@ -118,6 +116,7 @@ def test_a_training_goes_on_where_it_was_and_ends_with_its_plan(packed, tmp_path
     state = checkpoints.load(tmp_path / "run")
     assert state is not None
     assert state["step"] == 150
+    assert (tmp_path / "run/done").exists()
 
 
 def test_no_minutes_train_nothing_and_keep_the_state(packed, tmp_path) -> None:
@@ -128,14 +127,29 @@ def test_no_minutes_train_nothing_and_keep_the_state(packed, tmp_path) -> None:
     assert checkpoints.load(tmp_path / "run") is not None
 
 
-def test_two_threads_are_used_where_they_pay() -> None:
-    threads = loop.Threads()
-    used = []
-    for seconds in (1.0, 0.6, 0.6, 1.3, 1.0):
-        threads.before()
-        used.append(torch.get_num_threads())
-        threads.after(seconds)
-    assert used == [1, 2, 2, 2, 1]
+def test_sigterm_ends_it_with_a_checkpoint(packed, tmp_path) -> None:
+    args = arguments(tmp_path, "--pictures", "4000")
+    trainer = loop.begin(args, Plan(), GIVEN, Counter)
+
+    def step() -> tuple[float, ...]:
+        if trainer.step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return Counter.train_step(trainer)
+
+    trainer.train_step = step
+    loop.go(trainer, args, lambda run: pytest.fail("there is no time to look"))
+    assert checkpoints.load(tmp_path / "run")["step"] == 10
+    assert not (tmp_path / "run/done").exists()
+
+
+def test_pictures_are_counted_on_from_an_export_of_this_cascade(packed, tmp_path) -> None:
+    folder = tmp_path / "weights/stage_1"
+    folder.mkdir(parents=True)
+    for name, expected in ((loop.CASCADE, 88), ("another", 0)):
+        index = {"name": name, "training": {"stage_1": {"pictures": 88}}}
+        (tmp_path / "weights/cascade.json").write_text(json.dumps(index))
+        trainer = loop.begin(arguments(tmp_path, "--init", str(folder)), Plan(), GIVEN, Counter)
+        assert (trainer.seen, trainer.step) == (expected, 0)
 
 
 def test_the_commands_end_in_an_exported_cascade_of_their_concepts(packed, tmp_path, monkeypatch) -> None:
@@ -148,19 +162,19 @@ def test_the_commands_end_in_an_exported_cascade_of_their_concepts(packed, tmp_p
     lines = "".join(f"{left} {right}\n" for left, right in merges)
     (out / "noise_clip/merges.txt").write_text("#version: 0.2\n" + lines)
     assert CLIPTokenizer(out / "noise_clip/merges.txt").vocab_size > 256
-    common = ["--data", "none", "--threads", "1", "--concepts", "duck", "house plant", "--typical", "1"]
+    common = ["--data", "none", "--device", "cpu", "--concepts", "duck", "house plant", "--typical", "1"]
 
     def call(main: Any, *words: str) -> None:
         monkeypatch.setattr(sys, "argv", ["train", *words])
         main()
 
-    small = ["--pictures", "4", "--grow", "0", "8", "--batches", "4", "4", "4"]
+    small = ["--pictures", "4", "--batch", "4"]
     spiece = str(out / "stage_1/tokenizer/spiece.model")
     call(train_stage1.main, *common, *small, "--run", str(runs / "stage_1"), "--tokenizer", spiece)
     clip = ["--pictures", "8", "--batch", "8", "--run", str(runs / "noise_clip")]
     call(train_noise_clip.main, *common, *clip, "--merges", str(out / "noise_clip/merges.txt"))
     folders = [f"--{part.replace('_', '-')}={runs / part}" for part in export.EXPORTS]
-    call(export.main, *folders, "--out", str(out))
+    call(export.main, *folders, f"--judge={runs / 'judge'}", "--out", str(out))
     index = json.loads((out / "cascade.json").read_text())
     assert index["concepts"] == ["duck", "house plant"]
     assert index["training"]["stage_1"]["pictures"] == 4

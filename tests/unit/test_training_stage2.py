@@ -9,12 +9,12 @@ import torch
 
 from mtl_anagram.models.configs import UNetConfig
 from tests.unit.tiny import save_module
-from training import captions, checkpoints
+from training import checkpoints
 from training.diffusion import Diffusion
 from training.train_stage2 import SIZE, Plan, Trainer, coarse_errors, network
 
 TINY = Plan(
-    batch=4, crop=64, pictures=10_000, whole=0, warmup=8, cooldown=100, bf16=False, typical=1.0,
+    batch=4, crop=64, pictures=10_000, whole=0, warmup=8, cooldown=100, typical=1.0,
     widths=(12, 12, 12, 24), head=12, groups=6, width=32,
 )  # fmt: skip
 CONCEPTS = ("duck", "elephant")
@@ -24,11 +24,9 @@ CONCEPTS = ("duck", "elephant")
 def trainer(one_thread) -> Trainer:
     ink = torch.zeros(4, 64, 64, dtype=torch.uint8)
     ink[:, 12:52, 30:34] = ink[:, 30:34, 12:52] = 255
-    data = {"": ink, "_shapes": ink, "_labels": torch.arange(4) % 2}
+    data = {"": ink, "_shapes": ink, "_regions": ink // 255, "_labels": torch.arange(4) % 2}
     data = {f"{split}{kind}": value for split in ("train", "test") for kind, value in data.items()}
-    texts, _, _ = captions.caption_table(CONCEPTS)
-    states = torch.randn(len(texts), 77, 32, generator=torch.Generator().manual_seed(0))
-    return Trainer(TINY, data, CONCEPTS, states)
+    return Trainer(TINY, data, CONCEPTS)
 
 
 def test_the_network_is_a_stage_2_of_the_family() -> None:
@@ -47,7 +45,7 @@ def test_it_begins_as_x_t(trainer: Trainer) -> None:
         out = trainer.unet(
             torch.cat([x, low], 1),
             torch.tensor([3, 950]),
-            trainer.states[:2],
+            trainer.text(2),
             class_labels=torch.tensor([0, 99]),
         )
     unit = x / x.square().mean((2, 3), keepdim=True).sqrt()
@@ -64,7 +62,8 @@ def test_no_prompt_changes_it(trainer: Trainer, tmp_path) -> None:
             torch.tensor([3, 950]),
         )
         with torch.no_grad():
-            one, two = (unet(x, steps, trainer.states[k : k + 2], class_labels=steps) for k in (0, 5))
+            texts = torch.randn(2, 2, 7, 32, generator=torch.Generator().manual_seed(0))
+            one, two = (unet(x, steps, text, class_labels=steps) for text in texts)
         return (one - two).abs().max().item()
 
     for _ in range(3):
@@ -97,12 +96,11 @@ def test_noise_goes_astray_in_the_coarse_alone() -> None:
 
 
 def test_a_batch_is_a_square_of_picture_and_twin(trainer: Trainer) -> None:
-    x0, large, texts = trainer.batch(64, 4)
+    x0, large = trainer.batch(64, 4)
     assert x0.shape == large.shape == (4, 3, 64, 64)
-    assert ((texts >= 0) & (texts < len(trainer.states))).all()
-    x0, large, _ = trainer.batch(SIZE, 2)
+    x0, large = trainer.batch(SIZE, 2)
     near = torch.nn.functional.avg_pool2d(x0, 8) - torch.nn.functional.avg_pool2d(large, 8)
-    assert near.abs().mean() < 0.02
+    assert near.abs().mean() < 0.04
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(trainer: Trainer, tmp_path) -> None:
@@ -111,14 +109,14 @@ def test_a_resumed_training_is_the_uninterrupted_one(trainer: Trainer, tmp_path)
     later = [trainer.train_step() for _ in range(2)]
     state = checkpoints.load(tmp_path)
     assert state is not None
-    again = Trainer(TINY, trainer.data, CONCEPTS, trainer.states)
+    again = Trainer(TINY, trainer.data, CONCEPTS)
     again.load(state)
     assert [again.train_step() for _ in range(2)] == later
 
 
 def test_it_learns(trainer: Trainer) -> None:
     trainer.plan = dataclasses.replace(TINY, lr=3e-3)
-    losses = [trainer.train_step()[0] for _ in range(60)]
+    losses = [trainer.train_step()[0] for _ in range(40)]
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
 
 

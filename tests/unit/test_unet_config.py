@@ -23,18 +23,12 @@ RELEASED = {
 
 def released(name):
     widths, layers, cross, *_ = RELEASED[name]
-    base = STAGE_2 if "II" in name else STAGE_1
     return {
-        **base,
-        "block_out_channels": widths,
-        "layers_per_block": layers,
-        "cross_attention_dim": cross,
-        "encoder_hid_dim": 4096,
-        "attention_head_dim": 64,
-        "addition_embed_type_num_heads": 64,
-        "norm_num_groups": 32,
+        **(STAGE_2 if "II" in name else STAGE_1), "block_out_channels": widths, "layers_per_block": layers,
+        "cross_attention_dim": cross, "encoder_hid_dim": 4096, "attention_head_dim": 64,
+        "addition_embed_type_num_heads": 64, "norm_num_groups": 32,
         "time_embedding_dim": cross if "II" in name else None,
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -56,15 +50,6 @@ def test_released_sizes_on_the_meta_device(name):
         assert len(layers) == 22
 
 
-def test_missing_fields_take_stage_one_defaults():
-    config = UNetConfig.from_dict(STAGE_1)
-    assert config.resnet_out_scale_factor == config.mid_block_scale_factor == 1.0
-    assert config.class_embed_type is None
-    assert not config.resnet_skip_time_act
-    assert config.layers_per_block == (1, 1, 1, 1)
-    assert config.time_width == 32
-
-
 def test_null_encoder_hid_dim_type_means_text_projection():
     assert UNetConfig.from_dict({**STAGE_1, "encoder_hid_dim_type": None}) == UNetConfig.from_dict(STAGE_1)
 
@@ -75,50 +60,32 @@ def test_every_other_value_of_a_fixed_field_is_refused_by_name(name):
         UNetConfig.from_dict({**STAGE_1, name: "something else"})
 
 
-@pytest.mark.parametrize("name", ["class_labels_dim", "attention_head_dims", "act_fun", ""])
-def test_unknown_fields_are_refused_by_name(name):
-    with pytest.raises(ConfigError, match=f"unknown config field '{name}'"):
-        UNetConfig.from_dict({**STAGE_1, name: 1})
-
-
-def test_a_close_name_is_suggested():
-    with pytest.raises(ConfigError, match="did you mean 'act_fn'"):
+def test_unknown_fields_are_refused_by_name_and_a_close_one_is_suggested():
+    with pytest.raises(ConfigError, match="'class_labels_dim' = 1.*remove it"):
+        UNetConfig.from_dict({**STAGE_1, "class_labels_dim": 1})
+    with pytest.raises(ConfigError, match="'act_fun'.*did you mean 'act_fn'"):
         UNetConfig.from_dict({**STAGE_1, "act_fun": "gelu"})
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"block_out_channels": []}, "0 entries"),
-        ({"block_out_channels": [8, 16, 16]}, "one per block"),
-        ({"block_out_channels": [8, 16, 16, 0]}, r"block_out_channels\[3\]=0"),
-        ({"block_out_channels": [8, 16, 16, 12.5]}, "whole number"),
+        ({"block_out_channels": [8, 16, 16, 12.5]}, r"block_out_channels\[3\]=12.5"),
         ({"block_out_channels": [8, 16, 16, 18]}, "does not divide"),
-        ({"block_out_channels": 8}, "must be a list"),
-        ({"layers_per_block": True}, "layers_per_block=True"),
-        ({"layers_per_block": [1, 1]}, "one per block"),
+        ({"layers_per_block": [1, 1]}, "layers_per_block has 2.*one per level"),
         ({"attention_head_dim": 7}, "attention_head_dim=7 does not divide"),
-        ({"attention_head_dim": [8, 8, 8, 8]}, "attention_head_dim"),
-        ({"cross_attention_dim": 40}, "does not divide cross_attention_dim"),
         ({"addition_embed_type_num_heads": 3}, "does not divide encoder_hid_dim"),
         ({"norm_eps": float("nan")}, "norm_eps=nan"),
-        ({"norm_eps": -1.0}, "above 0"),
-        ({"down_block_types": ["CrossAttnDownBlock2D"] * 4}, "CrossAttnDownBlock2D"),
-        ({"class_embed_type": "projection"}, "class_embed_type='projection'"),
-        ({"time_embedding_act_fn": "silu"}, "time_embedding_act_fn='silu'"),
-        ({"resnet_skip_time_act": "yes"}, "true or false"),
+        (
+            {"down_block_types": ["CrossAttnDownBlock2D"] * 4},
+            "CrossAttnDownBlock2D.*SimpleCrossAttnDownBlock2D",
+        ),
         ({"_class_name": "UNet2DModel"}, "UNet2DModel"),
     ],
 )
 def test_bad_values_are_refused_with_field_and_remedy(changes, message):
     with pytest.raises(ConfigError, match=message):
         UNetConfig.from_dict({**STAGE_1, **changes})
-
-
-def test_missing_architecture_numbers_are_named():
-    config = {name: value for name, value in STAGE_1.items() if name != "block_out_channels"}
-    with pytest.raises(ConfigError, match="lacks block_out_channels"):
-        UNetConfig.from_dict(config)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +95,7 @@ def test_missing_architecture_numbers_are_named():
         ((2, 3, 20, 16), (2, 5, 16), None, "multiples of 8"),
         ((2, 3, 16, 16), (1, 5, 16), None, "one per picture"),
         ((2, 3, 16, 16), (2, 5, 12), None, "text encoder"),
-        ((2, 3, 16, 16), (2, 5, 16), 50, "no noise level"),
+        ((2, 3, 16, 16), (2, 5, 16), 50, "a stage I has none"),
     ],
 )
 def test_bad_inputs_of_a_call(shape, text, labels, message):

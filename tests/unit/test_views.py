@@ -7,32 +7,22 @@ import pytest
 import torch
 
 from mtl_anagram.errors import InputError
-from mtl_anagram.views import VIEW_NAMES, PermutationView, View, get_views
-from mtl_anagram.views.jigsaw import moves, outlines
+from mtl_anagram.views import VIEW_NAMES, View, get_views
 
-SIZES = (32, 64, 256, 1024)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-BUILT = [name for name in VIEW_NAMES if name != "permutation"]
+EVERY = [*VIEW_NAMES, "rotate_cw+negate", "jigsaw+skew+patch_permute"]
+SQUARES = ("rotate_cw", "rotate_ccw", "jigsaw", "inner_circle", "square_hinge", *EVERY[-2:])
 
 
-def shuffled(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-
-
-def make(name: str) -> View:
-    if name == "permutation":
-        return PermutationView(shuffled(64 * 64))
-    return get_views([name], seed=3)[0]
+def make(name: str, side: int = 64) -> View:
+    order = torch.randperm(side**2, generator=torch.Generator().manual_seed(0))
+    return get_views([name], [{"permutation": order} if name == "permutation" else None], seed=3)[0]
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-EVERY = [*VIEW_NAMES, "rotate_cw+negate", "jigsaw+skew+patch_permute"]
-
-
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [32, 64, 256, 1024])
 @pytest.mark.parametrize("name", EVERY)
 def test_inverse_after_view_is_the_identity_bit_for_bit(name, size):
     view = make(name)
@@ -41,12 +31,11 @@ def test_inverse_after_view_is_the_identity_bit_for_bit(name, size):
         with pytest.raises(InputError, match="multiple of 64"):
             view.view(noise(1, size, size))
         return
-    for dtype in DTYPES:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         x = noise(3, size, size, dtype=dtype)
         before = x.clone()
         seen = view.view(x)
-        assert seen.dtype == dtype
-        assert seen.shape == x.shape
+        assert (seen.dtype, seen.shape) == (dtype, x.shape)
         assert torch.equal(view.inverse_view(seen), before)
         assert torch.equal(x, before)
         # White noise stays white: the very same values, in other places, perhaps with the other sign.
@@ -54,22 +43,15 @@ def test_inverse_after_view_is_the_identity_bit_for_bit(name, size):
             continue  # the same once more, and slow
         assert torch.equal(view.view(view.inverse_view(x)), before)
         assert torch.equal(seen.abs().flatten().sort().values, x.abs().flatten().sort().values)
-        if name != "identity":
-            assert not torch.equal(seen, x)
+        assert torch.equal(seen, x) == (name == "identity")
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_matrix_of_every_view_is_orthogonal(name):
-    size = 12
-    if name == "permutation":
-        view = PermutationView(shuffled(16))
-    elif name == "pixel_permute":
-        view = get_views([name], [{"num_patches": 6}])[0]
-    elif name.endswith("patch_permute"):
-        small = {"num_patches": 4}
-        view = get_views([name], [{"patch_permute": small} if "+" in name else small])[0]
-    else:
-        view = make(name)
+    size, view = 12, make(name, side=4)
+    if name.endswith("_permute"):
+        small = {"num_patches": 6 if name == "pixel_permute" else 4}
+        view = get_views([name], [[None, None, small] if "+" in name else small])[0]
     basis = torch.eye(size * size).unflatten(1, (1, size, size))
     matrix = view.view(basis).flatten(1).T
     assert torch.equal(matrix.T @ matrix, torch.eye(size * size))
@@ -79,15 +61,15 @@ def test_the_matrix_of_every_view_is_orthogonal(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_batches_equal_single_pictures(name):
-    view = make(name)
-    x = noise(2, 3, 6, 64, 64)
+    view, x = make(name), noise(2, 3, 6, 64, 64)
     seen, back = view.view(x), view.inverse_view(x)
-    for i in range(2):
-        for j in range(3):
-            assert torch.equal(seen[i, j], view.view(x[i, j]))
-            assert torch.equal(back[i, j], view.inverse_view(x[i, j]))
+    for i, j in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)):
+        assert torch.equal(seen[i, j], view.view(x[i, j]))
+        assert torch.equal(back[i, j], view.inverse_view(x[i, j]))
     columns = x[0].contiguous(memory_format=torch.channels_last)
     assert torch.equal(view.view(columns), seen[0])
+    assert torch.equal(view.show(x), seen)
+    assert torch.equal(view.inverse_map(x)[..., 3:, :, :], back[..., 3:, :, :])  # where the noise goes
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -110,131 +92,50 @@ def test_gradients_flow_through_by_the_transpose(name):
     assert torch.equal(half.grad.abs(), torch.ones(3, 64, 64, dtype=torch.float16))
 
 
-def test_rigid_views_turn_the_way_they_say():
-    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[None]
-    wanted = {
-        "identity": [[1, 2], [3, 4]],
-        "flip": [[3, 4], [1, 2]],
-        "rotate_cw": [[3, 1], [4, 2]],
-        "rotate_ccw": [[2, 4], [1, 3]],
-        "rotate_180": [[4, 3], [2, 1]],
-        "negate": [[-1, -2], [-3, -4]],
-    }
-    for name, picture in wanted.items():
-        assert make(name).view(x)[0].tolist() == picture, name
-
-
-def test_negate_changes_the_sign_of_the_noise_alone_on_the_way_back():
-    view = make("negate")
-    x = noise(2, 6, 4, 4)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_negate_changes_the_sign_of_the_noise_alone_on_the_way_back(channels):
+    view, x = make("negate"), noise(2, 2 * channels, 4, 4)
     assert torch.equal(view.view(x), -x)  # stage II's conditioning too
-    back = view.inverse_view(x)
-    assert torch.equal(back[:, :3], -x[:, :3])
-    assert torch.equal(back[:, 3:], x[:, 3:])
-    assert torch.equal(view.inverse_view(x[:, :3]), -x[:, :3])
     assert torch.equal(view.inverse_map(x), x)
-    with pytest.raises(InputError, match="4 channels"):
-        view.inverse_view(x[:, :4])
-    with pytest.raises(InputError, match="uint8"):
-        view.view(torch.zeros(3, 4, 4, dtype=torch.uint8))
+    back = view.inverse_view(x, channels)
+    assert torch.equal(back[:, :channels], -x[:, :channels])
+    assert torch.equal(back[:, channels:], x[:, channels:])
+    assert torch.equal(view.inverse_view(x[:, :channels], channels), -x[:, :channels])
+    with pytest.raises(InputError, match=f"{2 * channels} channels.*channels=5"):
+        view.inverse_view(x, 5)
 
 
-def test_the_variance_moves_with_the_noise():
-    x = noise(1, 6, 64, 64)
-    for name in BUILT:
-        back = make(name).inverse_view(x)
-        moved = make(name).inverse_map(x)
-        assert torch.equal(back[:, 3:], moved[:, 3:])
-
-
-def test_skew_rolls_columns_as_the_formula_says():
-    x = noise(1, 9, 9)
-    for factor in (1.5, -0.7, 4):
-        seen = get_views(["skew"], [{"factor": factor}])[0].view(x)
-        for i in range(9):
-            assert torch.equal(seen[0, :, i], x[0, :, i].roll(int(factor * (i - 4)), 0))
-
-
-@pytest.mark.parametrize("size,radius", [(32, 12), (64, 24), (128, 48), (33, 12.375)])
-def test_inner_circle_turns_the_disc_alone(size, radius):
-    x = noise(1, size, size)
-    seen = make("inner_circle").view(x)[0]
-    half = x.flip(1, 2)[0]
-    for r in range(size):
-        for c in range(size):
-            inside = (r - size / 2 + 0.5) ** 2 + (c - size / 2 + 0.5) ** 2 < radius**2
-            assert seen[r, c] == (half if inside else x[0])[r, c]
-
-
-@pytest.mark.parametrize("size,first,side", [(9, 0, 3), (10, 0, 3), (11, 1, 3), (32, 1, 10), (64, 0, 21)])
-def test_square_hinge_turns_nine_squares_and_keeps_the_border(size, first, side):
-    x = noise(1, size, size)
-    wanted = x.clone()
-    for a in range(3):
-        for b in range(3):
-            rows = slice(first + a * side, first + (a + 1) * side)
-            columns = slice(first + b * side, first + (b + 1) * side)
-            turns = 1 if (a + b) % 2 == 0 else 3
-            wanted[0, rows, columns] = torch.rot90(x[0, rows, columns], turns)
-    assert torch.equal(make("square_hinge").view(x), wanted)
-    with pytest.raises(InputError, match="at least 3"):
-        make("square_hinge").check_size(2)
-
-
-def test_patches_stay_whole_and_upright():
-    x = noise(1, 32, 32)
-    seen = get_views(["patch_permute"], [{"num_patches": 4, "seed": 1}])[0].view(x)
-
-    def patches(y):
-        return {tuple(p.flatten().tolist()) for row in y[0].split(8, 0) for p in row.split(8, 1)}
-
-    assert patches(seen) == patches(x)
-
-
-@pytest.mark.parametrize("size", [*range(4, 133, 4), 256, 1024])
-def test_jigsaw_is_a_permutation_at_every_multiple_of_4(size):
-    sources = make("jigsaw").sources(size)
-    assert torch.equal(sources.flatten().sort().values, torch.arange(size * size))
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2, 4522])
-def test_jigsaw_moves_whole_pieces_within_their_kind(seed):
-    size = 64
-    pieces = outlines(size)
-    seen = get_views(["jigsaw"], [{"seed": seed}])[0].view(pieces[None].float())[0].long()
-    kind = torch.tensor([0, 1, 1, 0, 1, 2, 2, 1, 1, 2, 2, 1, 0, 1, 1, 0])
-    came_from = []
-    for place in range(16):
-        found = seen[pieces == place].unique()
-        assert len(found) == 1  # a place is filled by one piece, outline and all
-        assert kind[found] == kind[place]
-        came_from.append(found.item())
-    assert sorted(came_from) == list(range(16))
-    assert len(set(moves(seed).values())) == 16
-
-
-@pytest.mark.parametrize("size", [12, 32, 64])
-def test_jigsaw_pieces_interlock(size):
-    q = size // 4
-    grid = torch.arange(size) // q
-    cells = grid[:, None] * 4 + grid
-    pieces = outlines(size)
-    assert (pieces != cells).any()  # there are tabs,
-    for piece in range(16):
-        near = {piece, piece - 1, piece + 1, piece - 4, piece + 4}
-        assert set(cells[pieces == piece].unique().tolist()) <= near  # into neighbours,
-    turned = torch.tensor([cell % 4 * 4 + 3 - cell // 4 for cell in range(16)])
-    assert torch.equal(turned[torch.rot90(pieces, -1)], pieces)  # alike on all four sides.
+@pytest.mark.parametrize("height,width", [(32, 64), (128, 64), (24, 40)])
+@pytest.mark.parametrize("name", EVERY)
+def test_rectangles(name, height, width):
+    view, x = make(name), noise(6, height, width)
+    if name in SQUARES:
+        for act in (view.view, view.inverse_view, view.check_size, view.inverse_map):
+            with pytest.raises(InputError, match=f"{height}, {width}.*be square"):
+                act((height, width) if act == view.check_size else x)
+        return
+    maps = x.exp()
+    assert torch.allclose(view.inverse_map(maps).sum((-1, -2)), maps.sum((-1, -2)))
+    if not (view.allows(height) and view.allows(width)):
+        with pytest.raises(InputError, match=f"{height}, {width}.*a multiple of"):
+            view.view(x)
+        return
+    view.check_size((height, width))
+    assert torch.equal(view.inverse_view(view.view(x), channels=6), x)
+    assert torch.equal(view.inverse_map(maps), view.inverse_view(maps, channels=6).abs())
+    if name == "skew":  # the square's formula, on these sides, and with other factors
+        for factor in (1.5, -0.7, 4):
+            seen = get_views(["skew"], [{"factor": factor}])[0].view(x)
+            for i in range(width):
+                assert torch.equal(seen[..., i], x[..., i].roll(int(factor * (i - height // 2)), -1))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 6, 8, 16, 32, 33, 64, 100])
 @pytest.mark.parametrize("name", EVERY)
 def test_maps_of_any_size_keep_their_mass(name, size):
-    view = make(name)
-    maps = noise(2, size, size).exp()
+    view, maps = make(name), noise(2, size, size).exp()
     before = maps.clone()
     for moved in (view.map(maps), view.inverse_map(maps)):
-        assert moved.shape == maps.shape
         assert moved.min() >= 0
         torch.testing.assert_close(moved.sum((-1, -2)), maps.sum((-1, -2)))
     assert torch.equal(maps, before)
@@ -242,74 +143,43 @@ def test_maps_of_any_size_keep_their_mass(name, size):
     if view.allows(size):
         assert torch.equal(view.inverse_map(view.map(maps)), before)
         x = noise(3, size, size)
-        unsigned = x.abs()
-        assert torch.equal(view.map(unsigned), view.view(x).abs())
-        assert torch.equal(view.inverse_map(unsigned), view.inverse_view(x).abs())
+        assert torch.equal(view.map(x.abs()), view.view(x).abs())
+        assert torch.equal(view.inverse_map(x.abs()), view.inverse_view(x).abs())
 
 
 def test_a_small_map_of_a_fine_permutation_is_its_average():
-    view = make("pixel_permute")
-    maps = noise(32, 32).exp()
+    view, maps = make("pixel_permute"), noise(32, 32).exp()
     fine = maps.repeat_interleave(2, 0).repeat_interleave(2, 1)
     wanted = torch.nn.functional.avg_pool2d(view.inverse_map(fine)[None], 2)[0]
     torch.testing.assert_close(view.inverse_map(maps), wanted)
     assert view.inverse_map(maps.half()).dtype == torch.float16
-    with pytest.raises(InputError, match="floating"):
-        view.inverse_map(torch.ones(32, 32, dtype=torch.long))
 
 
 def test_compositions_apply_the_first_name_first():
-    x = noise(1, 3, 8, 8)
-    flip, turn = make("flip"), make("rotate_cw")
-    both = make("flip+rotate_cw")
-    assert both.name == "flip+rotate_cw"
+    x, flip, turn, both = noise(1, 3, 8, 8), make("flip"), make("rotate_cw"), make("flip+rotate_cw")
     assert torch.equal(both.view(x), turn.view(flip.view(x)))
-    assert not torch.equal(both.view(x), flip.view(turn.view(x)))
     assert torch.equal(both.inverse_view(x), flip.inverse_view(turn.inverse_view(x)))
     assert torch.equal(both.map(x), both.view(x))
     with pytest.raises(InputError, match="'jigsaw'.*multiple of 4"):
         make("flip+jigsaw").check_size(6)
 
 
-def test_a_users_permutation_moves_patches_at_multiples_of_its_size():
-    order = [3, 0, 1, 2]
-    for given in (order, tuple(order), torch.tensor(order), torch.tensor(order, dtype=torch.int32)):
-        view = PermutationView(given)
-        x = noise(1, 2, 2)
-        assert torch.equal(view.view(x).flatten(), x.flatten()[order])
-    x = noise(1, 4, 4)
-    assert torch.equal(view.view(x)[0, :2, :2], x[0, 2:, 2:])
-    given = torch.tensor(order)
-    view = PermutationView(given)
-    given[0] = 0
-    assert view.order.tolist() == order
-
-
 def test_views_pickle_and_copy_without_their_caches():
     x = noise(1, 64, 64)
     for name in EVERY:
         view = make(name)
-        seen = view.view(x)
-        for other in (pickle.loads(pickle.dumps(view)), copy.deepcopy(view), copy.copy(view)):
+        before, seen = len(pickle.dumps(view)), view.view(x)
+        assert len(pickle.dumps(view)) == before
+        for other in (pickle.loads(pickle.dumps(view)), copy.deepcopy(view)):
             assert torch.equal(other.view(x), seen)
-    large = make("skew")
-    large.view(noise(1, 512, 512))
-    assert len(pickle.dumps(large)) < 1000
-    (kept,) = {key[0] for key in large._indices}
-    assert kept == 512
 
 
 def test_pictures_that_are_no_pictures():
-    view = make("skew")
-    wrong = [noise(1, 4, 6), noise(4, 4), noise(1, 0, 0), [[1.0]], None, "x"]
-    for x in wrong:
-        for method in (view.view, view.inverse_view):
+    view = make("rotate_cw")
+    for x in (noise(1, 4, 6), noise(4), noise(1, 0, 0), torch.ones(3, 4, 4, dtype=torch.uint8), None):
+        for method in (view.view, view.inverse_view, view.map, view.inverse_map):
             with pytest.raises(InputError):
                 method(x)
-    for maps in [noise(4, 6), noise(4), noise(0, 0), None, [[1.0]]]:
-        for method in (view.map, view.inverse_map):
-            with pytest.raises(InputError):
-                method(maps)
-    for size in ("64", 64.0, True, 0, -4, None):
+    for size in ("64", 0, None, (64,)):
         with pytest.raises(InputError, match="size="):
             view.check_size(size)

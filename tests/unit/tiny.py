@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 
 from mtl_anagram.models.configs import UNetConfig
 from mtl_anagram.models.noise_clip import ImageEncoder, TextEncoder
-from mtl_anagram.models.t5 import T5Encoder
-from mtl_anagram.models.t5_config import T5Config
+from mtl_anagram.models.t5 import T5Config, T5Encoder
 from mtl_anagram.models.unet import UNet
 
 WORDS = ["a", "duck", "rabbit", "sketch", "of", "the", "sea", "turtle", "big", "cat", "house", "photo", "an"]
@@ -53,16 +52,9 @@ def sentencepiece_model(extra: list[str] | None = None) -> bytes:
     ]
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus),
-        model_writer=out,
-        vocab_size=64,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
+        sentence_iterator=iter(corpus), model_writer=out, vocab_size=64, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
     return out.getvalue()
 
 
@@ -81,17 +73,9 @@ def write_unet(folder: Path, config: dict, seed: int = 0) -> None:
 def write_t5(folder: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     config = T5Config.from_dict(
-        {
-            "vocab_size": 300,
-            "d_model": 16,
-            "d_kv": 8,
-            "d_ff": 32,
-            "num_layers": 2,
-            "num_heads": 2,
-            "feed_forward_proj": "gated-gelu",
-            "model_type": "t5",
-        }
-    )
+        {"vocab_size": 300, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
+         "feed_forward_proj": "gated-gelu", "model_type": "t5"}
+    )  # fmt: skip
     save_module(T5Encoder(config), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
 

@@ -19,53 +19,27 @@ from tests.unit.tiny import save_module
 
 MERGES = ["d u", "du c", "duc k</w>", "c a", "ca t</w>"]
 UNET = {
-    "attention_head_dim": 2,
-    "block_out_channels": [8, 8],
-    "cross_attention_dim": 8,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "in_channels": 7,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "num_class_embeds": 1000,
-    "only_cross_attention": [True, False],
-    "out_channels": 4,
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "use_linear_projection": True,
-}
+    "attention_head_dim": 2, "block_out_channels": [8, 8], "cross_attention_dim": 8,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "in_channels": 7, "layers_per_block": 1,
+    "norm_num_groups": 4, "num_class_embeds": 1000, "only_cross_attention": [True, False],
+    "out_channels": 4, "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "use_linear_projection": True,
+}  # fmt: skip
 VAE = {"block_out_channels": [4, 8], "layers_per_block": 1, "norm_num_groups": 4}
 VAE_X4 = {**VAE, "block_out_channels": [4, 4, 8]}
 TEXT = {
-    "hidden_act": "gelu",
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": 512 + len(MERGES) + 2,
-}
+    "hidden_act": "gelu", "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2,
+    "num_hidden_layers": 2, "vocab_size": 512 + len(MERGES) + 2,
+}  # fmt: skip
 DDIM = {
-    "_class_name": "DDIMScheduler",
-    "beta_end": 0.02,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.0001,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "v_prediction",
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
+    "_class_name": "DDIMScheduler", "beta_end": 0.02, "beta_schedule": "scaled_linear",
+    "beta_start": 0.0001, "clip_sample": False, "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction", "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
     "trained_betas": None,
-}
+}  # fmt: skip
 LOW_RES = {
-    "_class_name": "DDPMScheduler",
-    "beta_end": 0.02,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.0001,
-    "clip_sample": True,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "trained_betas": None,
-    "variance_type": "fixed_small",
-}
+    **{name: value for name, value in DDIM.items() if name.startswith("beta") or "train" in name},
+    "_class_name": "DDPMScheduler", "clip_sample": True, "prediction_type": "epsilon", "variance_type": "fixed_small",
+}  # fmt: skip
 
 
 def write_tokenizer(folder: Path) -> None:

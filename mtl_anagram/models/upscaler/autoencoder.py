@@ -1,21 +1,81 @@
-"""Stage III's autoencoder: latents to pictures four times as large (and back), with bounded memory."""
+"""Stage III's autoencoder: latents to pictures four times as large (and back), with bounded memory.
 
-from __future__ import annotations
+A picture of 1024 px has maps of 1 GiB, and a plain convolution holds its input three times. Here every layer works band
+by band: a convolution's band reads its rows and one more on either side, and a group norm's mean and variance are taken
+over the whole map first. Nothing is approximated or blended; only the maps before and after a layer are whole.
+"""
 
 from collections.abc import Iterable
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ...errors import InputError
 from ..attention import attention
-from .bands import BAND, affine, convolve, doubled, normalised
 from .configs import AutoencoderConfig
 
+BAND = 1 << 24  # values of a band of the wider map, 64 MiB in float32
 NORM_EPS = 1e-6  # of every norm; the config has no field for it
-MAX_LOGITS = 1 << 26  # queries times keys at once: 256 MiB in float32, where a kernel writes them out
+
+
+def convolve(
+    conv: nn.Conv2d,
+    x: Tensor,
+    band: int | None,
+    *,
+    norm: nn.GroupNorm | None = None,
+    double: bool = False,
+    skip: tuple[nn.Module, Tensor] | None = None,
+) -> Tensor:
+    """conv(x), 3x3, at most `band` values at once (None = all): the whole convolution up to the rounding of sums.
+
+    norm: x is normalised by it and activated first. double: every pixel of x is repeated along both sides first. skip:
+    a layer and its map, whose result is added. Zeros are padded all around; by a stride of 2 only after the last.
+    """
+    stride, times = conv.stride[0], 2 if double else 1
+    before, height, width = 2 - stride, times * x.shape[-2], times * x.shape[-1]
+    scale, shift = affine(norm, x) if norm is not None else (None, None)
+
+    def part(start: int, stop: int) -> Tensor:
+        top, bottom = start * stride - before, (stop - 1) * stride - before + 3
+        first, last = max(top, 0), min(bottom, height)
+        h = x[:, :, first // times : (last + times - 1) // times]
+        if double:
+            h = F.interpolate(h, scale_factor=2.0)[:, :, first % 2 : first % 2 + last - first]
+        if norm is not None and scale is not None and shift is not None:
+            h = F.silu(torch.addcmul(shift, h.to(scale.dtype), scale)).to(norm.weight.dtype)
+        h = F.pad(h, (before, 1, max(-top, 0), max(bottom - height, 0)))
+        h = F.conv2d(h, conv.weight, conv.bias, stride)
+        return h if skip is None else h + skip[0](skip[1][:, :, start:stop])
+
+    shape = (x.shape[0], conv.out_channels, height // stride, width // stride)
+    widest = x.shape[0] * max(conv.out_channels * shape[-1], conv.in_channels * width * stride)
+    rows = shape[2] if band is None else max(1, band // widest)
+    if rows >= shape[2]:
+        return part(0, shape[2])
+    out = x.new_empty(shape, dtype=conv.weight.dtype)
+    for start in range(0, shape[2], rows):
+        stop = min(start + rows, shape[2])
+        out[:, :, start:stop] = part(start, stop)
+    return out
+
+
+def affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """norm(x) = x scale + shift, each (B, C, 1, 1) in float32 or wider."""
+    groups = x.unflatten(1, (norm.num_groups, -1))  # (B, G, C/G, H, W)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if wide == x.dtype:
+        variance, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0)
+    else:  # one group at a time: a wider copy of the whole map would be the largest thing in memory
+        moments = [torch.var_mean(g.to(wide), dim=(1, 2, 3), correction=0) for g in groups.unbind(1)]
+        variance, mean = (torch.stack(part, dim=1) for part in zip(*moments, strict=True))  # (B, G)
+    repeat = x.shape[1] // norm.num_groups
+    scale = norm.weight.to(wide) * torch.rsqrt(variance + norm.eps).repeat_interleave(repeat, dim=1)
+    shift = norm.bias.to(wide) - mean.repeat_interleave(repeat, dim=1) * scale  # (B, C)
+    return scale[:, :, None, None], shift[:, :, None, None]
 
 
 class Resnet(nn.Module):
@@ -27,210 +87,132 @@ class Resnet(nn.Module):
         self.conv1 = nn.Conv2d(in_width, width, 3)
         self.norm2 = nn.GroupNorm(groups, width, eps=NORM_EPS)
         self.conv2 = nn.Conv2d(width, width, 3)
-        if in_width != width:
-            self.conv_shortcut = nn.Conv2d(in_width, width, 1)
-        self.has_shortcut = in_width != width
+        self.conv_shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
 
     def forward(self, x: Tensor, band: int | None) -> Tensor:
-        """(B, C, H, W) -> (B, C', H, W)."""
-        height = x.shape[-2]
-
-        def around(start: int, stop: int) -> Tensor:
-            rows = x[:, :, start:stop]
-            return self.conv_shortcut(rows) if self.has_shortcut else rows
-
-        h = convolve(self.conv1, normalised(self.norm1, x, silu=True), height, band=band)
-        return convolve(self.conv2, normalised(self.norm2, h, silu=True), height, band=band, add=around)
+        h = convolve(self.conv1, x, band, norm=self.norm1)
+        return convolve(self.conv2, h, band, norm=self.norm2, skip=(self.conv_shortcut, x))
 
 
 class Attention(nn.Module):
-    """One head over all pixels, a part of the queries at a time."""
+    """One head over all pixels of a map (B, C, H, W), a part of the queries at a time."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, width, eps=NORM_EPS)
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x: Tensor, max_logits: int) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+    def forward(self, x: Tensor, band: int | None) -> Tensor:
         scale, shift = affine(self.group_norm, x)
         pixels = rearrange(x * scale + shift, "b c h w -> b 1 (h w) c").to(self.to_q.weight.dtype)
         k, v = self.to_k(pixels), self.to_v(pixels)  # (B, 1, H W, C)
-        queries = max(1, max_logits // (k.shape[0] * k.shape[2]))
+        # 256 MiB of logits by default, where a kernel writes them out.
+        queries = max(1, 4 * (band or BAND) // (k.shape[0] * k.shape[2]))
         parts = [self.to_out[0](attention(self.to_q(part), k, v)) for part in pixels.split(queries, dim=2)]
         return x + rearrange(torch.cat(parts, dim=2), "b 1 (h w) c -> b c h w", h=x.shape[-2])
-
-
-class Middle(nn.Module):
-    """Resnet, attention over the whole map, resnet."""
-
-    def __init__(self, width: int, groups: int) -> None:
-        super().__init__()
-        self.attentions = nn.ModuleList([Attention(width, groups)])
-        self.resnets = nn.ModuleList([Resnet(width, width, groups), Resnet(width, width, groups)])
-
-    def forward(self, x: Tensor, band: int | None, max_logits: int) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        x = self.resnets[0](x, band)
-        x = self.attentions[0](x, max_logits)
-        return self.resnets[1](x, band)
 
 
 class Resampler(nn.Module):
     """Twice the side by repetition and a convolution, or half the side by a strided convolution."""
 
-    def __init__(self, width: int, *, down: bool) -> None:
+    def __init__(self, width: int, *, up: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2 if down else 1)
-        self.down = down
+        self.conv = nn.Conv2d(width, width, 3, stride=1 if up else 2)
+        self.up = up
 
     def forward(self, x: Tensor, band: int | None) -> Tensor:
-        """(B, C, H, W) -> (B, C, 2H, 2W) or (B, C, H/2, W/2)."""
-        height = x.shape[-2]
-        if not self.down:
-            return convolve(self.conv, doubled(x), 2 * height, band=band)
-        # As published: zeros after the last row and column only.
-        return convolve(self.conv, lambda a, b: x[:, :, a:b], height, band=band, padding=(0, 1))
+        return convolve(self.conv, x, band, double=self.up)
 
 
-class Level(nn.Module):
-    """Resnets, then a resampler where the level is not the last."""
-
-    def __init__(self, in_width: int, width: int, layers: int, groups: int, *, resample: str | None) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            [Resnet(in_width if i == 0 else width, width, groups) for i in range(layers)]
-        )
-        if resample is not None:
-            resampler = Resampler(width, down=resample == "down")
-            setattr(self, f"{resample}samplers", nn.ModuleList([resampler]))
-        self.resample = resample
-
-    def layers(self) -> list[nn.Module]:
-        """The level's modules in order, each called with a map and a band."""
-        return [*self.resnets] if self.resample is None else [*self.resnets, self.resampler]
-
-    @property
-    def resampler(self) -> nn.Module:
-        return getattr(self, f"{self.resample}samplers")[0]
-
-
-class _Half(nn.Module):
+class Trunk(nn.Module):
     """What `encoder.` and `decoder.` share: convolution, levels and middle in some order, norm, convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, config: AutoencoderConfig, *, up: bool) -> None:
         super().__init__()
-        groups = config.norm_num_groups
-        widths = config.block_out_channels[::-1] if up else config.block_out_channels
-        layers = config.layers_per_block + up  # the way up has one more, as published
+        groups, middle, self.up = config.norm_num_groups, config.block_out_channels[-1], up
+        widths = config.block_out_channels[:: -1 if up else 1]
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3)
-        last = len(widths) - 1
-        levels = nn.ModuleList()
+        self.levels = f"{'up' if up else 'down'}_blocks"
+        setattr(self, self.levels, nn.ModuleList())
         for i, width in enumerate(widths):
-            resample = None if i == last else ("up" if up else "down")
-            levels.append(Level(widths[max(i - 1, 0)], width, layers, groups, resample=resample))
-        setattr(self, "up_blocks" if up else "down_blocks", levels)
-        self.mid_block = Middle(config.block_out_channels[-1], groups)
+            inner = [widths[max(i - 1, 0)]] + [width] * (
+                config.layers_per_block - 1 + up
+            )  # the way up has one more
+            level = nn.ModuleDict({"resnets": nn.ModuleList(Resnet(w, width, groups) for w in inner)})
+            if i < len(widths) - 1:
+                level["upsamplers" if up else "downsamplers"] = nn.ModuleList([Resampler(width, up=up)])
+            getattr(self, self.levels).append(level)
+        resnets = nn.ModuleList(Resnet(middle, middle, groups) for _ in range(2))
+        attentions = nn.ModuleList([Attention(middle, groups)])
+        self.mid_block = nn.ModuleDict({"attentions": attentions, "resnets": resnets})
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3)
-        self.up = up
 
-    def forward(self, x: Tensor, band: int | None, max_logits: int) -> Tensor:
-        inputs = x
-        x = convolve(self.conv_in, lambda a, b: inputs[:, :, a:b], x.shape[-2], band=band)
-        if self.up:
-            x = self.mid_block(x, band, max_logits)
-        for level in cast("Iterable[Level]", self.up_blocks if self.up else self.down_blocks):
-            for (
-                layer
-            ) in level.layers():  # here, not in a method of the level: that would keep its input alive
-                x = layer(x, band)
-        if not self.up:
-            x = self.mid_block(x, band, max_logits)
-        rows = normalised(self.conv_norm_out, x, silu=True)
-        return convolve(self.conv_out, rows, x.shape[-2], band=band)
+    def layers(self) -> list[nn.Module]:
+        """All between the outer convolutions, in order."""
+        levels = cast("Iterable[nn.ModuleDict]", getattr(self, self.levels))
+        outer = [
+            layer for level in levels for part in level.values() for layer in cast("nn.ModuleList", part)
+        ]
+        (attend,), (before, after) = (cast("nn.ModuleList", part) for part in self.mid_block.values())
+        return [before, attend, after, *outer] if self.up else [*outer, before, attend, after]
 
-
-class _Part(nn.Module):
-    """Shared by the two parts of the autoencoder."""
-
-    config: AutoencoderConfig
-    max_logits = MAX_LOGITS
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    def forward(self, x: Tensor, band: int | None) -> Tensor:
+        x = convolve(self.conv_in, x, band)
+        for layer in self.layers():
+            x = layer(x, band)
+        return convolve(self.conv_out, x, band, norm=self.conv_norm_out)
 
 
-class LatentDecoder(_Part):
-    """Latents to pictures: `post_quant_conv.` and `decoder.` of the published autoencoder.
-
-    What a group norm and the attention in the middle see is the whole picture, so a decoder applied to tiles
-    gives other pictures than one applied to the whole. Here only the order of work is changed (`bands`), and
-    the attention's queries come in parts: the result is the whole decoding, up to the rounding of sums.
-    """
+class LatentDecoder(nn.Module):
+    """Latents to pictures: `post_quant_conv.` and `decoder.` of the published autoencoder."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
-        self.decoder = _Half(config.latent_channels, config.out_channels, config, up=True)
+        self.decoder = Trunk(config.latent_channels, config.out_channels, config, up=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.post_quant_conv.weight.dtype
 
     def forward(self, z: Tensor, *, band: int | None = BAND) -> Tensor:
         """z (B, 4, h, w) latents, not scaled -> pictures (B, 3, 4h, 4w), about in [-1, 1], in z's dtype.
 
-        band: how many values of a feature map are worked on at once; None = all of them, which is no faster
-        and takes more memory (at 1024 px 3.0 GiB of tensors instead of 2.2, and the kernels' workspaces).
+        band None = no bands, which is no faster and takes more memory (at 1024 px 3.0 GiB of tensors instead of 2.2).
         """
-        _check("latents", z, self.config.latent_channels, 1)
-        h = self.decoder(self.post_quant_conv(z.to(self.dtype)), band, self.max_logits)
-        return h.to(z.dtype)
+        return self.decoder(self.post_quant_conv(z.to(self.dtype)), band).to(z.dtype)
 
     def picture(self, latents: Tensor, *, band: int | None = BAND) -> Tensor:
-        """Latents as the UNet knows them, scaled, (B, 4, h, w) -> pictures (B, 3, 4h, 4w), unclamped.
-
-        One picture at a time, so that memory does not grow with B.
-        """
-        z = latents / self.config.scaling_factor
-        return torch.cat([self(one, band=band) for one in z.split(1)])
+        """Latents as the UNet knows them, scaled, (B, 4, h, w) -> pictures (B, 3, 4h, 4w), unclamped, one at a time."""
+        return torch.cat([self(z, band=band) for z in (latents / self.config.scaling_factor).split(1)])
 
 
-class LatentEncoder(_Part):
-    """Pictures to latents: `encoder.` and `quant_conv.` of the published autoencoder.
-
-    Published stage III has no use for it; the one that takes all views into account has.
-    """
+class LatentEncoder(nn.Module):
+    """Pictures to latents: `encoder.` and `quant_conv.`; published stage III has no use for it, views="all" has."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = _Half(config.in_channels, 2 * config.latent_channels, config, up=False)
+        self.encoder = Trunk(config.in_channels, 2 * config.latent_channels, config, up=False)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.quant_conv.weight.dtype
 
     def forward(self, x: Tensor, *, band: int | None = BAND) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], sides multiples of 4 -> latents (B, 4, H/4, W/4), not scaled.
 
         The mean of the distribution that the encoder describes; nothing is drawn.
         """
-        _check("pictures", x, self.config.in_channels, self.config.factor)
-        h = self.quant_conv(self.encoder(x.to(self.dtype), band, self.max_logits))
+        if x.shape[-1] % self.config.factor or x.shape[-2] % self.config.factor:
+            raise InputError(f"pictures of {tuple(x.shape)}: sides must be multiples of {self.config.factor}")
+        h = self.quant_conv(self.encoder(x.to(self.dtype), band))
         return h[:, : self.config.latent_channels].to(x.dtype)
 
     def latents(self, pictures: Tensor, *, band: int | None = BAND) -> Tensor:
         """Pictures (B, 3, H, W) -> latents as the UNet knows them, scaled, (B, 4, H/4, W/4), one at a time."""
-        parts = [self(one, band=band) for one in pictures.split(1)]
-        return torch.cat(parts) * self.config.scaling_factor
-
-
-def _check(name: str, x: Tensor, channels: int, factor: int) -> None:
-    if x.ndim != 4 or x.shape[1] != channels or not all(s and s % factor == 0 for s in x.shape[-2:]):
-        raise InputError(
-            f"{name} of shape {tuple(x.shape)}: expected (B, {channels}, H, W), H and W multiples of {factor}"
-        )
+        return torch.cat([self(x, band=band) for x in pictures.split(1)]) * self.config.scaling_factor

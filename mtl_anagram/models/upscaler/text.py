@@ -1,133 +1,114 @@
-"""Stage III's text tower: OpenCLIP's ViT-H text transformer, cut before its last layer."""
+"""Stage III's tokenizer and text tower: OpenCLIP's ViT-H text transformer, cut before its last layer."""
 
-from __future__ import annotations
-
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from ...errors import InputError
-from ..attention import attention
+from ...errors import InputError, SourceError
+from ...files.hub import Source, open_source, read_json, require
+from ..attention import multi_head
+from ..tokenizers import END, START, CLIPTokenizer, checked_text, words
 from .configs import CLIPTextConfig
+
+PAD = "!"  # the released special_tokens_map.json's, over tokenizer_config.json's end token
+
+
+class UpscalerTokenizer:
+    """Prompts to token ids, from a folder's or a hub repository's tokenizer/: vocab.json and merges.txt.
+
+    Other than GLIDE's CLIP tokenizer, which has the same merges: no HTML escapes are resolved and no quotes
+    straightened; texts are padded with the token "!", id 0; and since that is a special token, every "!" in a
+    prompt is cut out and read as id 0, too. SourceError where the two files do not belong together.
+    """
+
+    def __init__(self, source: Source) -> None:
+        files = open_source(source, "tokenizer", "vocab.json")
+        merges, path = require(files, "merges.txt"), files.get("special_tokens_map.json")
+        pad = PAD if path is None else read_json(path).get("pad_token", PAD)
+        pad = pad.get("content") if isinstance(pad, Mapping) else pad
+        self.pairs = CLIPTokenizer(merges)
+        names = self.pairs.names()
+        if read_json(require(files, "vocab.json")) != names or not isinstance(pad, str) or pad not in names:
+            raise SourceError(
+                f"{merges}, its vocab.json and the padding token {pad!r} do not belong together; download them again"
+            )
+        self.vocab_size, self.pad = len(names), names[pad]
+        self.special = {START: names[START], END: names[END], pad: self.pad}
+
+    def __call__(self, texts: Sequence[str], max_length: int = 77) -> Tensor:
+        """B texts -> ids (B, max_length) long: the start, at most max_length - 2 tokens, the end, padding."""
+        ids = torch.full((len(texts), max_length), self.pad, dtype=torch.long, device="cpu")
+        for row, text in enumerate(texts):
+            found = [self.special[START], *self.encode(text)[: max_length - 2], self.special[END]]
+            ids[row, : len(found)] = torch.tensor(found, device="cpu")
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        """The text's ids, without start and end, neither cut nor padded."""
+        ids: list[int] = []
+        by_length = sorted(self.special, key=len, reverse=True)
+        for part in re.split(f"({'|'.join(map(re.escape, by_length))})", checked_text(text)):
+            if part in self.special:
+                ids.append(self.special[part])
+            else:  # composed characters, single spaces, lower case
+                part = re.sub(r"\s+", " ", unicodedata.normalize("NFC", part)).lower()
+                ids += [i for word in words(part) for i in self.pairs.word(word)]
+        return ids
+
+
+class Block(nn.Module):
+    """Attention of tokens (B, L, D) to those before, then a feed-forward, each added to the stream."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(width, eps=eps) for _ in range(2))
+        projections = ("q_proj", "k_proj", "v_proj", "out_proj")  # all with bias
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in projections})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
+        self.heads = config.num_attention_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer_norm1(x)
+        q, k, v = (self.self_attn[name](h) for name in ("q_proj", "k_proj", "v_proj"))
+        x = x + self.self_attn["out_proj"](multi_head(q, k, v, self.heads, causal=True))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layer_norm2(x))))
 
 
 class CLIPTextTower(nn.Module):
     """Token ids to text states: causal pre-norm blocks with exact GELU, a norm after the last.
 
     The released checkpoint has 23 of ViT-H's 24 layers, so that its last states are the penultimate ones that
-    the upscaler was trained on. Padding is attended to like any token (causally, so only by padding): there is
-    no mask.
+    the upscaler was trained on. Padding is attended to like any token (causally, so only by padding): no mask.
     """
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.config = config
-        self.text_model = Trunk(config)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.text_model.final_layer_norm.weight.dtype
+        self.config, width = config, config.hidden_size
+        places = nn.Embedding(config.max_position_embeddings, width)
+        tokens = nn.Embedding(config.vocab_size, width)
+        blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.text_model = nn.ModuleDict(
+            {
+                "embeddings": nn.ModuleDict({"token_embedding": tokens, "position_embedding": places}),
+                "encoder": nn.ModuleDict({"layers": blocks}),
+                "final_layer_norm": nn.LayerNorm(width, eps=config.layer_norm_eps),
+            }
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L) token numbers, L at most 77 -> (B, L, D)."""
-        config = self.config
-        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2:
-            kind = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise InputError(f"ids must be a tensor of integers (B, L), not {kind}; use the tokenizer's")
-        if not 1 <= ids.shape[1] <= config.max_position_embeddings:
-            raise InputError(
-                f"ids of {ids.shape[1]} tokens: this tower reads 1 to {config.max_position_embeddings}"
-            )
-        if ids.device.type != "meta" and ids.numel():
-            low, high = (int(bound) for bound in ids.aminmax())
-            if low < 0 or high >= config.vocab_size:
-                raise InputError(
-                    f"ids run from {low} to {high}, but the vocabulary has {config.vocab_size} entries: use the "
-                    "tokenizer that belongs to this model"
-                )
-        return self.text_model(ids)
-
-
-class Trunk(nn.Module):
-    """Embeddings, blocks, last norm (`text_model.` in the checkpoints)."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        self.encoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))}
-        )
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, L) -> (B, L, D)."""
-        x = self.embeddings(ids)
-        for block in cast("nn.ModuleList", self.encoder["layers"]):
+        limit = self.config.max_position_embeddings
+        if ids.ndim != 2 or ids.shape[1] > limit:
+            raise InputError(f"ids of shape {tuple(ids.shape)}: give (B, L), L at most {limit}")
+        embeddings, encoder, norm = self.text_model.values()
+        tokens, places = cast("nn.ModuleDict", embeddings).values()
+        x = tokens(ids) + cast("nn.Embedding", places).weight[: ids.shape[1]]
+        for block in cast("nn.ModuleList", cast("nn.ModuleDict", encoder)["layers"]):
             x = block(x)
-        return self.final_layer_norm(x)
-
-
-class Embeddings(nn.Module):
-    """A token's vector plus its place's."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, L) -> (B, L, D)."""
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-
-
-class Block(nn.Module):
-    """Attention to the tokens before, then a feed-forward, each added to the stream."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        width, eps = config.hidden_size, config.layer_norm_eps
-        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
-        self.self_attn = SelfAttention(width, config.num_attention_heads)
-        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, config.intermediate_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class SelfAttention(nn.Module):
-    """Causal attention, all four projections with bias."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.q_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-        self.heads = heads
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        q, k, v = (
-            rearrange(project(x), "b l (n d) -> b n l d", n=self.heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(rearrange(attention(q, k, v, causal=True), "b n l d -> b l (n d)"))
-
-
-class MLP(nn.Module):
-    """Two layers with exact GELU between."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, inner)
-        self.fc2 = nn.Linear(inner, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return norm(x)

@@ -1,0 +1,208 @@
+"""A checked request: what is asked for, refused here where it cannot be done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import MAX_SEED, InputError, whole_number
+from ..models.loading import config_of
+from ..models.prompts import parse_concept, styled
+from ..models.t5 import T5Config
+from ..sampling import Recipe, UpscaleRecipe
+from ..sampling.checks import checked_views
+from ..sampling.upscaling import check_latent_views
+from ..views import View
+from .models import Models
+
+MAX_SIDE = 1024  # px, of stage I; far above it no machine has the memory
+Size = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: everything that decides pictures besides the seed and the weights.
+
+    prompts: full ones (with the style), without brackets. concepts, positions: per prompt the concept that was named
+    and the character where it begins, or None. negative: per prompt, None = the empty text for all. sizes: of the
+    stages that run, each the side in px, or (H, W).
+    """
+
+    style: str
+    prompts: list[str]
+    negative: list[str] | None
+    concepts: list[str | None]
+    positions: list[int | None]
+    views: list[View]
+    recipe: Recipe
+    noise_level: int
+    sizes: list[Size]
+    upscale: UpscaleRecipe
+
+    @property
+    def averages(self) -> bool:
+        """Whether several views' predictions are averaged, not components' added up."""
+        return len(self.views) > 1 and getattr(self.views[0], "reduce", "mean") == "mean"
+
+    @property
+    def balances(self) -> bool:
+        return self.recipe.balancing and self.averages
+
+    @property
+    def segregates(self) -> bool:
+        return self.recipe.anti_segregation and self.averages
+
+
+def check_seeds(seeds: int | Sequence[int]) -> list[int]:
+    """One or several seeds -> a list without repetitions; InputError for anything else."""
+    listed = list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str | bytes) else [seeds]
+    if not listed:
+        raise InputError("seed=[] names no seed: give at least one")
+    return list(dict.fromkeys(whole_number("seed", value, 0, MAX_SEED) for value in listed))
+
+
+def checked_prompts(
+    style: str, prompts: Sequence[str], concepts: Sequence[str | None] | None
+) -> tuple[list[str], list[str | None], list[int | None]]:
+    """Full prompts without brackets; per prompt the concept named, and where it stands, or None."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        raise InputError(f"prompts={prompts!r} must be a list of strings, one per view")
+    named = checked_texts("concepts", concepts or [None] * len(prompts), len(prompts), str, type(None))
+    for text in (*prompts, *(concept for concept in named if concept is not None)):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"the prompt or concept {text!r} must be a string that is not empty")
+    parsed = [parse_concept(styled(style, prompt)) for prompt in prompts]
+    return (
+        [one.prompt for one in parsed],
+        [concept or one.concept for one, concept in zip(parsed, named, strict=True)],
+        [None if concept else one.position for one, concept in zip(parsed, named, strict=True)],
+    )
+
+
+def checked_texts(name: str, texts: Any, count: int, *kinds: type) -> list[Any]:
+    """One per prompt; a string is for all."""
+    listed = [texts] * count if isinstance(texts, str) else texts
+    right = (
+        isinstance(listed, list | tuple) and [isinstance(text, kinds) for text in listed] == [True] * count
+    )
+    if not right:
+        raise InputError(f"{name}={texts!r} must be a string, or a list of {count}, one per prompt")
+    return list(listed)
+
+
+def checked_sizes(models: Models, views: list[View], size: Size | None, stop_after: int | None) -> list[Size]:
+    """What will be made, each one that the UNets and the views allow."""
+    config = models.unet_config(1)
+    given: Any = (config.sample_size or 64) if size is None else size
+    sides = tuple(given) if isinstance(given, tuple | list) else (given, given)
+    factor = config.size_factor
+    fit = [type(side) is int and factor <= side <= MAX_SIDE and side % factor == 0 for side in sides]
+    if fit != [True, True]:
+        wanted = (
+            f"a multiple of {factor} up to {MAX_SIDE} for this stage I UNet, or two such: (height, width)"
+        )
+        raise InputError(f"size={size!r} must be {wanted}")
+    stops = [sides[0] * times for times in (1, 4, 16)]
+    if stop_after is not None and (type(stop_after) is not int or stop_after not in stops):
+        raise InputError(f"stop_after={stop_after!r} must be the height that a stage makes: {stops}")
+    there = [models.sources[f"stage_{stage}"] is not None for stage in (1, 2, 3)]
+    last = max(i for i in range(3) if there[i]) if stop_after is None else stops.index(stop_after)
+    for i in range(last + 1):
+        if not there[i]:
+            remedy = f"name one with stage_{i + 1}=, or stop after {stops[i - 1]}"
+            lacking = (
+                f"the cascade {models.name} has no stage {'I' * (i + 1)}, which comes before or makes that"
+            )
+            raise InputError(f"stop_after={stop_after}: {lacking}; {remedy}")
+    made = [(sides[0] * times, sides[1] * times) for times in (1, 4, 16)[: last + 1]]
+    checked_views(views, *made)
+    for view in views:
+        _check_inverse(view, made[0])
+    return [height if height == width else (height, width) for height, width in made]
+
+
+def _check_inverse(view: View, size: tuple[int, int]) -> None:
+    """InputError for a view of one's own whose inverse does not undo it, on a picture of numbers."""
+    count = size[0] * size[1]
+    picture = (
+        torch.arange(1, count + 1, dtype=torch.float32, device="cpu").view(1, 1, *size).expand(1, 3, -1, -1)
+    )
+    try:
+        seen = view.view(picture)
+        back = view.inverse_view(seen)
+    except (RuntimeError, TypeError, IndexError) as error:  # NotImplementedError is a RuntimeError
+        raise InputError(f"{view!r} cannot look at a picture {tuple(picture.shape)}: {error}") from error
+    if getattr(view, "reduce", "mean") == "mean" and (
+        seen.shape != picture.shape or not torch.equal(back, picture)
+    ):
+        raise InputError(f"{view!r}: inverse_view must undo view, to the bit; look at its move and move_back")
+
+
+def check_networks(models: Models, request: Request) -> None:
+    """InputError for networks that cannot do this, or are not each other's, from their configs; loads none."""
+    if request.balances and models.sources["noise_clip"] is None:
+        said = f"balancing needs a noise-aware CLIP and the cascade {models.name} has none"
+        raise InputError(f"{said}: name its folder with noise_clip=, or turn balancing off in the recipe")
+    if request.segregates:
+        side = sides_of(request.sizes[0])[0]
+        resolution = request.recipe.map_resolution * side // 64
+        have = models.attention_resolutions(side, request.recipe.map_places)
+        if resolution not in have:
+            said = f"the anti-segregation loss wants attention at {resolution} px, this UNet has it at {have}"
+            remedy = "choose another size or map_resolution, or turn anti_segregation off"
+            raise InputError(f"size={side}: {said}; {remedy}")
+    for stage, size in enumerate(request.sizes[:2], start=1):
+        config = models.unet_config(stage)
+        wanted = {
+            "in_channels": 3 * stage,  # stage II sees stage I's picture too
+            "out_channels": 6,
+            "encoder_hid_dim": config_of(models.source("stage_1"), "text_encoder", T5Config).d_model,
+            "class_embed_type": None if stage == 1 else "timestep",
+        }
+        found = {name: (getattr(config, name), value) for name, value in wanted.items()}
+        _check_fit(models, stage, size, config.size_factor, found)
+        models.schedule(stage, request.recipe.num_inference_steps)
+    if len(request.sizes) > 2:
+        _check_upscaler(models, request.views, request.sizes[1], request.upscale)
+
+
+def _check_upscaler(models: Models, views: list[View], size: Size, upscale: UpscaleRecipe) -> None:
+    upscaler = models.upscaler
+    unet, vae = upscaler.unet_config, upscaler.autoencoder_config
+    found = {
+        "in_channels": (unet.in_channels, 4 + 3),
+        "out_channels": (unet.out_channels, 4),
+        "latent_channels": (vae.latent_channels, 4),
+        "the autoencoder's out_channels": (vae.out_channels, 3),
+        "px per latent": (vae.factor, 4),
+        "cross_attention_dim": (unet.cross_attention_dim, upscaler.text_config.hidden_size),
+    }
+    _check_fit(models, 3, size, unet.size_factor, found)
+    highest = min(upscaler.max_noise_level, unet.num_class_embeds - 1)
+    whole_number("noise_level of stage III", upscale.noise_level, 0, highest)
+    if upscale.views == "all_latents":
+        check_latent_views(views, sides_of(size))
+    models.latent_schedule(upscale.num_inference_steps)
+    upscaler.check_weights(encoder=upscale.views == "all")
+
+
+def _check_fit(
+    models: Models, stage: int, size: Size, factor: int, found: dict[str, tuple[Any, Any]]
+) -> None:
+    """found: by the config's field its value, and the one that is needed."""
+    name = f"the cascade {models.name}: stage {'I' * stage}"
+    for field, (value, needed) in found.items():
+        if value != needed:
+            said = f"has {field}={value!r}, but {needed!r} is needed here"
+            raise InputError(f"{name} {said}; take all parts from one release")
+    if any(side % factor for side in sides_of(size)):
+        raise InputError(
+            f"{name} takes {size} px, and its UNet needs multiples of {factor}: choose another size"
+        )
+
+
+def sides_of(size: Size) -> tuple[int, int]:
+    return size if isinstance(size, tuple) else (size, size)

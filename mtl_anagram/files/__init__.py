@@ -1,0 +1,1 @@
+"""Files: the hub and folders, pictures, outputs, prompts kept on disk."""

@@ -1,0 +1,36 @@
+"""Files that are there whole or not at all."""
+
+import contextlib
+import os
+import secrets
+import time
+from pathlib import Path
+
+from ..errors import SourceError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all: a neighbour first, then renamed."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be written ({error}); make room, or choose another folder"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def remove_leftovers(folder: Path, older: float = 0) -> None:
+    """Delete the unfinished neighbours, `older` seconds old, that a killed process left, where that is allowed."""
+    for path in folder.glob(".*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= older:
+                path.unlink()

@@ -1,0 +1,130 @@
+"""A seed's folder: pictures and metadata, whole or not there, and what is finished already."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import InputError, SourceError
+from .atomic import remove_leftovers, write_atomically
+from .hub import read_json
+from .images import Shown, encode_png, views_strip
+
+METADATA = "metadata.json"
+OURS = re.compile(r"metadata\.json|sample_\d+(x\d+)?(\.views)?\.png")
+REPLACE = "choose another folder, or replace them: --overwrite in a shell, overwrite=True in Python"
+Request = dict[str, Any]  # JSON, read or to be written
+Normal = Callable[[Request], Request]
+Size = int | tuple[int, int]  # a square's side, or (height, width), in px
+Sizes = Sequence[Size]
+
+
+@dataclass(frozen=True)
+class Anagram:
+    """What one seed became: its folder, its pictures' files by side in px, whether it was there before."""
+
+    seed: int
+    folder: Path
+    pictures: dict[Size, Path]
+    skipped: bool
+    warnings: tuple[str, ...] = ()
+
+
+def folder_of(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:04d}"
+
+
+def picture_names(size: Size) -> tuple[str, str]:
+    """The released code's names of a picture and its views side by side: sample_64.png, or sample_64x96.png."""
+    side = size if isinstance(size, int) else "x".join(map(str, size))
+    return f"sample_{side}.png", f"sample_{side}.views.png"
+
+
+def check_folder(path: str | Path, name: str = "save_dir", *, write: bool = False) -> Path:
+    """A folder's path, if it is one or can be made; it is made when something is written (write = now)."""
+    try:
+        folder = Path(os.path.expanduser(path))
+        if not path or b"\0" in os.fsencode(path):  # which refuses half a character
+            raise ValueError("it is empty or holds a null character")
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+    except (TypeError, ValueError, OSError) as error:
+        raise InputError(f"{name}={path!r} must be a folder's path ({error}); choose another") from error
+    if not there.is_dir() or (write and not os.access(there, os.W_OK | os.X_OK)):
+        said = "cannot be written to" if there.is_dir() else "is a file"
+        raise SourceError(f"{name}={str(folder)!r}: {there} {said}; choose another folder")
+    return folder
+
+
+def clear(folder: Path) -> None:
+    """Take away a finished seed's metadata, then its pictures, which would no longer belong together."""
+    if (folder / METADATA).is_file():
+        for path in sorted(folder.iterdir()):
+            if OURS.fullmatch(path.name):
+                path.unlink()
+
+
+def write_pictures(folder: Path, size: Size, picture: Tensor, views: Sequence[Shown]) -> None:
+    """One picture (3, H, W) in [-1, 1], and its views side by side."""
+    remove_leftovers(folder)
+    for name, shown in zip(picture_names(size), (picture, views_strip(picture, views)), strict=True):
+        write_atomically(folder / name, encode_png(shown))
+
+
+def finish(
+    folder: Path, seed: int, request: Request, sizes: Sizes, about: Request, warnings: tuple[str, ...]
+) -> Anagram:
+    """Write the seed's metadata, last of all: the request, the pictures' checksums, and `about`: what made them."""
+    own = folder_of(folder, seed)
+    content = {"format": 1, "seed": seed, "sizes": list(sizes), "request": request}
+    content |= {"pictures": _sums(own, sizes), **about}
+    write_atomically(own / METADATA, (json.dumps(content, indent=1) + "\n").encode())
+    return Anagram(seed, own, {size: own / picture_names(size)[0] for size in sizes}, False, warnings)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """A metadata.json's content, of its folder too; SourceError where there is none or it is damaged."""
+    return read_json(Path(path) / METADATA if Path(path).is_dir() else Path(path))
+
+
+def finished(
+    folder: Path, seed: int, request: Request, sizes: Sizes, *, dtype: str, normal: Normal = dict
+) -> Anagram | None:
+    """The seed's Anagram if its folder holds this request's pictures whole; None if there is work to do.
+
+    normal: brings a request to the form in which two can be compared. Pictures that were made in another dtype
+    are left, and Anagram.warnings says so. Raises InputError where the folder holds another request's pictures.
+    """
+    own = folder_of(folder, seed)
+    if not (own / METADATA).is_file():
+        return None
+    try:
+        content = read_json(own / METADATA)
+        old, new = normal(dict(content["request"])), normal(json.loads(json.dumps(request)))
+        sums, recorded = dict(content["pictures"]), content["made_with"]["dtype"]
+    except (SourceError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{own}: its {METADATA} cannot be read ({error!r}); {REPLACE}") from error
+    # Stage III comes after the others and changes nothing in them: one request goes on where the other ends.
+    extra = "stage_3" if ("stage_3" in old) != ("stage_3" in new) else None
+    differs = [key for key in {**new, **old} if key != extra and old.get(key) != new.get(key)]
+    if differs:
+        raise InputError(
+            f"{own} holds another request's pictures (different: {', '.join(differs)}); {REPLACE}"
+        )
+    if any(sums.get(name) != found for name, found in _sums(own, sizes).items()):
+        return None
+    remove_leftovers(own)
+    said = f"{own}: its pictures were made in {recorded} and are left as they are; in {dtype} they differ; {REPLACE}"
+    pictures = {size: own / picture_names(size)[0] for size in sizes}
+    return Anagram(seed, own, pictures, True, (said,) if recorded != dtype else ())
+
+
+def _sums(own: Path, sizes: Sizes) -> dict[str, str]:
+    """The pictures' sha256 by name, "" for one that is not there."""
+    paths = [own / name for size in sizes for name in picture_names(size)]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for p in paths}

@@ -1,0 +1,54 @@
+"""The deterministic solvers against diffusers' schedulers, over whole runs."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from mtl_anagram.sampling import DDIM, Combined, DPMSolver2M, Schedule
+from tests.helpers import relative
+
+COSINE = {
+    "beta_schedule": "squaredcos_cap_v2", "thresholding": True, "dynamic_thresholding_ratio": 0.95,
+    "sample_max_value": 1.5,
+}  # fmt: skip
+
+
+def run(step, schedule, reference_step):
+    """Both solvers on the same predictions, of a network that is roughly right."""
+    draws = torch.Generator().manual_seed(1)
+    x = y = torch.randn(2, 3, 16, 16, generator=draws)
+    clean = torch.rand(2, 3, 16, 16, generator=draws) * 3 - 1.5
+    for i, t in enumerate(schedule.timesteps):
+        kept, noisy = schedule.roots(t)
+        noise = (x - kept * clean) / noisy + 0.1 * torch.randn(x.shape, generator=draws)
+        t_next = (*schedule.timesteps, -1)[i + 1]
+        x, x0 = step(Combined(noise), x, t, t_next)
+        y = reference_step(noise, t, y)
+        assert relative(x, y) < 1e-4, f"step {i}, t={t}"
+    assert torch.equal(x, x0)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 27, 50])
+def test_ddim(steps):
+    schedule = Schedule.stage_1(steps)
+    reference = DDIMScheduler(**COSINE, set_alpha_to_one=True)
+    reference.set_timesteps(steps)
+    assert reference.timesteps.tolist() == list(schedule.timesteps)
+
+    def step(noise, t, x):
+        return reference.step(noise, t, x, use_clipped_model_output=True).prev_sample
+
+    run(DDIM(schedule), schedule, step)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 27, 50])
+def test_dpm_solver(steps):
+    schedule = Schedule.stage_1(steps)
+    reference = DPMSolverMultistepScheduler(**COSINE, solver_order=2, final_sigmas_type="zero")
+    reference.set_timesteps(timesteps=list(schedule.timesteps))
+    assert reference.timesteps.tolist() == list(schedule.timesteps)
+
+    def step(noise, t, x):
+        return reference.step(noise, t, x).prev_sample
+
+    run(DPMSolver2M(schedule), schedule, step)

@@ -1,0 +1,303 @@
+"""Cascade.sample: pictures in memory, step by step, with rules and parts of one's own, whatever the host's defaults."""
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from mtl_anagram import Cascade, InputError, PromptWarning, Recipe, UpscaleRecipe, View, generate_anagram
+from mtl_anagram.files.images import encode_png
+from mtl_anagram.models import UNet, UNetConfig
+from mtl_anagram.sampling import DDIM, Combined, Schedule
+from tests.unit.tiny import STAGE_1
+from tests.unit.tiny_requests import files
+from tests.unit.tiny_upscaler import write_upscaler
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FAST = Recipe.released(num_inference_steps=2)
+
+
+def sample(cascade, seeds=0, *, prompts=("a duck", "a rabbit"), views=("identity", "flip"), **changes):
+    return cascade.sample(prompts, views, seeds, **{"recipe": FAST, "size": 8, **changes})
+
+
+def same(one, other):
+    """Whether two runs' pictures are equal, by size."""
+    return {size: torch.equal(pictures, other.pictures[size]) for size, pictures in one.pictures.items()}
+
+
+def test_pictures_in_memory_are_those_of_generate_anagrams_files(cascade, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seeds, request = [3, 1, 2], {"style": "a sketch of", "size": 8, "batch_size": 2}
+    run = sample(cascade, [3, 1, 2, 3], **request)
+    assert run.seeds == seeds  # a repeated seed is made once
+    assert run.sizes == [8, 32]
+    assert run.prompts == ["a sketch of a duck", "a sketch of a rabbit"]
+    assert {p.dtype for p in run.pictures.values()} == {torch.float32}
+    assert os.listdir(tmp_path) == []
+    made = generate_anagram(
+        prompts=["a duck", "a rabbit"], views=["identity", "flip"], save_dir=tmp_path, seed=seeds,
+        recipe=FAST, model=cascade, **request,
+    )  # fmt: skip
+    for i, anagram in enumerate(made):
+        for size, path in anagram.pictures.items():
+            assert path.read_bytes() == encode_png(run.pictures[size][i])
+
+
+def test_steps_one_by_one_and_stopping(cascade):
+    run, calls = sample(cascade, [5, 6, 7], batch_size=2), []
+    seen = [(step.seeds, step.stage, step.state.index) for step in run]
+    assert seen == [(seeds, stage, i) for seeds in ((5, 6), (7,)) for stage in (1, 2) for i in (0, 1)]
+
+    def count(x, index, t_next):
+        calls.append(index)
+        return x
+
+    options = {"recipe": Recipe.plain(num_inference_steps=5), "after": count}
+    stopped = sample(cascade, **options)
+    for step in stopped:
+        if step.state.index == 1:
+            break
+    assert calls == [0, 1]  # nobody asks, nothing runs
+    pictures = stopped.pictures  # asked for: the run goes on to its end
+    assert len(calls) == 10
+    assert torch.equal(pictures[32], sample(cascade, **options).pictures[32])
+
+
+def test_nothing_done_to_a_state_changes_pictures_or_files(cascade, tmp_path):
+    def vandal(seeds, stage, state):
+        for value in (state.x, state.x0, state.weights, state.scale):
+            value.fill_(7.0)
+
+    run = sample(cascade)
+    for step in run:
+        vandal(*step)
+    assert same(run, sample(cascade)) == {8: True, 32: True}
+    request = {"style": "", "prompts": run.prompts, "views": run.views, "recipe": FAST, "size": 8}
+    for folder, hook in (("a", vandal), ("b", None)):
+        generate_anagram(**request, save_dir=tmp_path / folder, model=cascade, on_step=hook)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_two_threads_at_once_give_what_one_gives(cascade_folder, cascade):
+    fresh = Cascade.from_pretrained(cascade_folder, device="cpu")  # both load its models
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda seed: sample(fresh, seed, negative="a cat").pictures, [1, 2]))
+    for seed, pictures in zip((1, 2), runs, strict=True):
+        expected = sample(cascade, seed, negative="a cat").pictures
+        assert all(torch.equal(pictures[size], expected[size]) for size in (8, 32))
+
+
+def test_warnings_are_in_the_results(cascade, tmp_path):
+    with pytest.warns(PromptWarning, match="'duck'"):
+        run = sample(cascade, prompts=["a duck", "a big duck"])
+    assert len(run.warnings) == 1
+    request = {"style": "", "prompts": ["a duck", "a big duck"], "views": ["identity", "flip"], "size": 8}
+    for skipped in (False, True):
+        with pytest.warns(PromptWarning):
+            (made,) = generate_anagram(**request, save_dir=tmp_path, recipe=FAST, model=cascade)
+        assert (made.skipped, made.warnings) == (skipped, tuple(run.warnings))
+    assert sample(cascade).warnings == []
+
+
+# Rules of one's own
+
+
+def first_takes_all(prediction, index, t):
+    return Combined(prediction.noise[:, 0], prediction.variance[:, 0])
+
+
+def test_hooks_for_both_stages_or_by_stage(cascade):
+    usual = sample(cascade)
+    assert same(sample(cascade, combine=first_takes_all), usual) == {8: False, 32: False}
+    assert same(sample(cascade, combine={1: first_takes_all}), usual) == {8: False, 32: False}
+    assert same(sample(cascade, combine={2: first_takes_all}), usual) == {8: True, 32: False}
+    steps = {1: DDIM(Schedule.stage_1(2)), 2: DDIM(Schedule.stage_2(2))}
+    named = sample(cascade, recipe=Recipe.released(num_inference_steps=2, solver="ddim"))
+    assert same(sample(cascade, step=steps), named) == {8: True, 32: True}
+    unguided = sample(cascade, recipe=Recipe.released(num_inference_steps=2, anti_segregation=False))
+    assert same(sample(cascade, after=lambda x, index, t_next: (x, None)), unguided) == {8: True, 32: True}
+
+
+@pytest.mark.parametrize("hook", [3, {1: 3}, {3: first_takes_all}, {"1": first_takes_all}])
+def test_hooks_that_are_none(cascade, hook):
+    with pytest.raises(InputError, match="combine=.*function.*stage"):
+        sample(cascade, combine=hook)
+
+
+def test_a_run_that_failed_has_no_pictures(cascade):
+    run = sample(cascade, combine=lambda prediction, index, t: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(run)
+    with pytest.raises(InputError, match="ended by an error"):
+        _ = run.pictures
+
+
+def test_negative_prompts(cascade):
+    usual, led = sample(cascade), sample(cascade, negative="a cat")
+    assert same(led, usual) == {8: False, 32: False}
+    assert same(led, sample(cascade, negative=["a cat", "a cat"])) == {8: True, 32: True}
+    assert same(led, sample(cascade, negative=["a cat", "a house"])) == {8: False, 32: False}
+    assert same(usual, sample(cascade, negative="")) == {8: True, 32: True}
+    for wrong in (["a cat"], 3, [None, "a cat"]):
+        with pytest.raises(InputError, match="negative="):
+            sample(cascade, negative=wrong)
+
+
+def test_what_is_given_wins_over_the_recipe(cascade_folder, tmp_path):
+    own = shutil.copytree(cascade_folder, tmp_path / "own")
+    recipe = {"num_inference_steps": 3, "guidance_scale": 5.0}
+    (own / "cascade.json").write_text(json.dumps({"name": "own", "recipe": recipe}))
+    request = {
+        "style": "",
+        "prompts": ["a duck"],
+        "views": ["identity"],
+        "model": own,
+        "size": 8,
+        "stop_after": 8,
+    }
+    for i, given in enumerate(({}, {"num_inference_steps": 2}, {"guidance_scale": 10.0})):
+        for more in ({}, {"recipe": Recipe.released(**recipe)}):
+            folder = tmp_path / f"{i}{len(more)}"
+            generate_anagram(**request, save_dir=folder, device="cpu", **more, **given)
+            used = json.loads((folder / "0000/metadata.json").read_text())["request"]["recipe"]
+            assert used == Recipe.released(**{**recipe, **given}).to_dict()
+
+
+def test_rectangles_through_both_stages(cascade, tmp_path):
+    run = sample(cascade, [4, 5], size=(16, 24))
+    losses = [step.state.loss is not None for step in run]
+    assert losses == [True, False, False, False]
+    assert {size: tuple(p.shape) for size, p in run.pictures.items()} == {
+        (16, 24): (2, 3, 16, 24), (64, 96): (2, 3, 64, 96)
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"size=\(16, 24\) px.*'rotate_cw'"):
+        sample(cascade, size=(16, 24), views=["identity", "rotate_cw"])
+    for wrong in ((), (16, 24, 8), (16, 20)):
+        with pytest.raises(InputError, match="multiple of 8"):
+            sample(cascade, size=wrong)
+
+
+SWITCHES = [
+    {},
+    *({name: False} for name in ("balancing", "rectification", "anti_segregation")),
+    *(
+        {"rectify_diagonal": "measured"},
+        {"overlap_measure": "iou"},
+        {"scorer_range": "signed"},
+        {"horizon": 1},
+    ),
+    *({"guidance_scale": 9.0}, {"guidance_rate": 50.0}, {"last_guided_step": 0}, {"map_resolution": 16}),
+    *({"map_places": ("up",)}, {"solver": "ddim"}, {"solver": "dpm_solver_2m"}, {"overlap_target": 0.1}),
+]
+
+
+def test_every_switch_changes_the_picture(cascade):
+    recipes = [Recipe.released(num_inference_steps=3, **switch) for switch in SWITCHES]
+    recipes += [Recipe.corrected(num_inference_steps=3), Recipe.plain(num_inference_steps=3)]
+    made = [sample(cascade, recipe=recipe, size=16, stop_after=16).pictures[16] for recipe in recipes]
+    for i, picture in enumerate(made):
+        for other, recipe in zip(made[:i], recipes[:i], strict=True):
+            assert (picture - other).abs().max() > 1e-5, f"{recipes[i]} is as {recipe}"
+
+
+# Parts of one's own
+
+
+class Counting:
+    """Any callable will do for a UNet; text_maps is needed for anti-segregation alone."""
+
+    def __init__(self, unet):
+        self.unet, self.calls = unet, 0
+
+    def __call__(self, *arguments, **options):
+        self.calls += 1
+        return self.unet(*arguments, **options)
+
+
+SMALL = {
+    **STAGE_1,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"],
+    "up_block_types": ["SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
+}
+
+
+@pytest.mark.parametrize("keep", ["all", "one"])
+def test_a_part_may_be_replaced_until_it_is_released(cascade_folder, cascade, keep):
+    own = Cascade.from_pretrained(cascade_folder, device="cpu", keep=keep)
+    plain = {"recipe": Recipe.plain(num_inference_steps=2)}
+    own.unet_1 = counting = Counting(own.unet_1)
+    for _ in range(2):
+        assert same(sample(own, **plain), sample(cascade, **plain)) == {8: True, 32: True}
+    assert counting.calls == 4
+    with pytest.raises(InputError, match="no text_maps"):
+        next(sample(own))
+    own.release("unet_1")
+    assert isinstance(own.unet_1, UNet)
+
+
+def test_a_compiled_part_makes_one_graph_for_all_steps(cascade_folder):
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch.manual_seed(0)
+    own = Cascade.from_pretrained(cascade_folder, device="cpu")
+    own.unet_1 = unet = UNet(UNetConfig.from_dict(SMALL)).requires_grad_(False)
+    options = {"recipe": Recipe.plain(num_inference_steps=4), "stop_after": 8}
+    expected = sample(own, **options).pictures[8]
+    own.unet_1 = torch.compile(unet, backend=backend, fullgraph=True)
+    run, counts = sample(own, **options), []
+    for _ in run:
+        counts.append(len(graphs))
+    torch._dynamo.reset()
+    assert counts[0] > 0
+    assert counts[1:] == counts[:1] * 3
+    torch.testing.assert_close(run.pictures[8], expected, rtol=0, atol=1e-5)
+
+
+# The host's defaults
+
+
+def test_the_hosts_defaults_change_nothing(cascade_folder, tmp_path):
+    stage_3 = write_upscaler(tmp_path / "stage_3")
+
+    def run(name, **options):
+        own = Cascade.from_pretrained(cascade_folder, stage_3=stage_3, device="cpu", **options)
+        made = generate_anagram(
+            "a sketch of", ["a duck", "a rabbit", "a cat"], ["jigsaw", "negate", "patch_permute"],
+            tmp_path / name, model=own, recipe=Recipe.corrected(num_inference_steps=2), size=8, negative="a house",
+            upscale=UpscaleRecipe(num_inference_steps=2, views="all", noise_level=9),
+        )  # fmt: skip
+        return files(made[0].folder)
+
+    expected = run("one")
+    dtype = torch.get_default_dtype()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = run("two", prompt_cache=tmp_path / "cache")
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+    assert found == expected
+    assert len(found) == 7
+
+
+def test_a_view_whose_inverse_does_not_undo_it_is_refused_at_the_call(cascade):
+    class Shift(View):
+        name = "shift"
+
+        def move(self, x):
+            return x.roll(1, -1)
+
+        move_back = move
+
+    with pytest.raises(InputError, match="shift.*inverse_view must undo view"):
+        cascade.sample(["a duck", "a rabbit"], ["identity", Shift()], size=16)

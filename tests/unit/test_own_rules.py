@@ -1,0 +1,182 @@
+"""The loop's seams: examples/own_rules.py, each rule by a property, and the loop alone."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtl_anagram.errors import InputError
+from mtl_anagram.sampling import (
+    DDIM,
+    Combined,
+    DPMSolver2M,
+    Prediction,
+    Recipe,
+    Schedule,
+    sample,
+    sample_stage1,
+)
+from tests.unit.test_sampling_stages import VIEWS, Network, generators, score, stage1, texts, zeros
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("own_rules", ROOT / "examples/own_rules.py")
+rules = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(rules)
+pytestmark = pytest.mark.usefixtures("one_thread")
+PLAIN = Recipe.plain(num_inference_steps=4)
+SCHEDULE = Schedule.stage_1(4)
+
+
+def plain(**seams):
+    return list(stage1((0, 1), recipe=PLAIN, spans=None, **seams))
+
+
+def test_the_view_that_fits_worst_takes_all():
+    def cosines(pictures, t):
+        return torch.tensor([[0.1, 0.4], [0.3, 0.2]])
+
+    states = plain(combine=rules.worst_takes_all(cosines))
+    assert torch.equal(states[0].weights, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    alone = list(stage1((0,), recipe=PLAIN, spans=None, views=VIEWS[:1], text=(texts()[0][:1], texts()[1])))
+    assert torch.allclose(states[-1].x[0], alone[-1].x[0], atol=1e-5)
+
+
+def test_weights_per_pixel():
+    states = plain(combine=rules.left_and_right)
+    assert states[0].weights.shape == (2, 2, 1, 64, 64)
+    assert torch.allclose(states[0].weights.sum(1), torch.ones(2, 1, 64, 64))
+    equal = plain(combine=lambda p, i, t: Combined(p.noise.mean(1), p.variance.mean(1)))
+    assert torch.allclose(equal[-1].x, plain()[-1].x, atol=1e-6)
+    assert torch.equal(equal[0].weights, torch.full((2, 2), 0.5))
+    assert not torch.allclose(states[-1].x, equal[-1].x, atol=1e-3)
+
+
+def test_a_loss_of_ones_own_moves_the_picture_where_it_says():
+    before, after = plain()[-1].x.mean(), plain(combine=rules.brighter(SCHEDULE))[-1].x.mean()
+    assert abs(after - 0.5) < abs(before - 0.5) - 0.02
+
+
+def test_a_known_region_is_kept():
+    known, mask = torch.rand(3, 64, 64) * 2 - 1, torch.zeros(64, 64)
+    mask[10:30] = 1
+    after = rules.keep(known, mask, SCHEDULE, torch.Generator().manual_seed(0))
+    x = plain(after=after)[-1].x
+    assert torch.equal(x[:, :, 10:30], known[None, :, 10:30].expand(2, -1, -1, -1))
+    assert not torch.allclose(x[0, :, 40:], x[1, :, 40:])
+
+
+@pytest.mark.parametrize("name, kind", [("ddim", DDIM), ("dpm_solver_2m", DPMSolver2M)])
+def test_deterministic_solvers_draw_nothing_and_a_recipe_names_them(name, kind):
+    (text, null), used = texts(), generators(0)
+    recipe = Recipe.plain(num_inference_steps=4, solver=name)
+    named = sample_stage1(
+        Network(), text, null, VIEWS, score=score, spans=None, generators=used, recipe=recipe
+    )
+    *_, last = named
+    once = torch.Generator().manual_seed(0)
+    torch.randn(3, 64, 64, generator=once)
+    assert torch.equal(used[0].get_state(), once.get_state())
+    given = list(stage1((0,), recipe=PLAIN, spans=None, step=kind(SCHEDULE)))
+    assert torch.equal(given[-1].x, last.x)
+    assert not torch.allclose(last.x, plain()[-1].x[:1], atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm_solver_2m"])
+@pytest.mark.parametrize("mean, std", [(0.15, 0.2)])
+def test_solvers_reach_a_known_distribution(solver, mean, std):
+    """A Gaussian whose score is known: every solver carries unit noise to its mean and spread."""
+    steps = 200
+    schedule = Schedule.stage_1(steps)
+
+    def unet(x, t, text):
+        a = schedule.alphas_cumprod[t]
+        noise = (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std**2 + 1 - a)
+        return torch.cat([noise, torch.zeros_like(noise)], dim=1)
+
+    recipe = Recipe.plain(num_inference_steps=steps, solver=solver)
+    *_, last = stage1((0, 1, 2, 3), unet=unet, spans=None, recipe=recipe, size=32)
+    assert abs(last.x.mean().item() - mean) < 0.01
+    assert abs(last.x.std().item() / std - 1) < (0.1 if solver == "ddpm" else 0.02)
+
+
+def test_the_loop_alone_on_any_shape_and_number_of_channels():
+    """One channel, one dimension: a picture is whatever the callables make of x."""
+
+    def predict(x, t):
+        return Prediction(x[:, None], x[:, None] * 0.5)
+
+    states = list(
+        sample(
+            torch.ones(2, 1, 8),
+            [2, 1, 0],
+            predict,
+            lambda prediction, index, t: Combined(prediction.noise.sum(1)),
+            lambda combined, x, t, t_next: x - combined.noise,
+            after=lambda x, index, t_next: (x + (t_next < 0), torch.full((2,), float(index))),
+        )
+    )
+    assert [state.timestep for state in states] == [2, 1, 0]
+    assert torch.equal(states[-1].x, torch.full((2, 1, 8), 1.125))
+    assert states[0].x0 is None
+    assert states[1].loss.tolist() == [1.0, 1.0]
+
+
+def test_negative_prompts_and_no_guidance():
+    """Null text may differ by view; without guidance, or for a network that reads no text, no null rows run."""
+    (text, null), unet = texts(), Network()
+    negatives = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(3))
+    same = list(stage1((0,), text=(text, null.expand(2, -1, -1)), spans=None, recipe=PLAIN))
+    assert torch.equal(same[-1].x, plain()[-1].x[:1]) or torch.allclose(same[-1].x, plain()[-1].x[:1])
+    other = list(stage1((0,), text=(text, negatives), spans=None, recipe=PLAIN))
+    assert not torch.allclose(other[-1].x, same[-1].x)
+    recipe = Recipe.plain(num_inference_steps=4, guidance_scale=1)
+    list(stage1((0,), unet=unet, spans=None, recipe=recipe))
+    assert [call[0][0] for call in unet.calls] == [2] * 4
+    unet = Network()
+    unet.reads_text = False
+    list(stage1((0,), unet=unet, spans=None, recipe=PLAIN))
+    assert [call[0][0] for call in unet.calls] == [2] * 4
+
+
+def test_components_add_up():
+    class Half:
+        reduce = "sum"
+
+        def __init__(self, share):
+            self.share = share
+
+        def view(self, x):
+            return x
+
+        def inverse_view(self, prediction):
+            return self.share * prediction
+
+    recipe = Recipe.released(num_inference_steps=3)
+    text, null = texts(1)
+    both = (text.expand(2, -1, -1), null)
+    whole = list(stage1((0,), views=[Half(1.0)], text=(text, null), spans=None, recipe=recipe))
+    parts = list(stage1((0,), views=[Half(0.25), Half(0.75)], text=both, spans=None, recipe=recipe))
+    assert torch.allclose(whole[-1].x, parts[-1].x, atol=1e-5)
+    with pytest.raises(InputError):
+        stage1((0,), views=[Half(1.0), VIEWS[0]], unet=zeros)
+
+
+@pytest.mark.parametrize(
+    "seam, rule",
+    [
+        ("combine", lambda p, i, t: p.noise.mean(1)),
+        ("combine", lambda p, i, t: Combined(p.noise)),
+        ("step", lambda combined, x, t, t_next: x[:, :1]),
+        ("after", lambda x, i, t_next: None),
+    ],
+)
+def test_a_rule_that_returns_something_else_is_named(seam, rule):
+    with pytest.raises(InputError, match=rf"^{seam} gave .*\(2, 3, 64, 64\)"):
+        plain(**{seam: rule})
+
+
+def test_a_hosts_autocast_changes_nothing():
+    with torch.autocast("cpu"):
+        inside = plain()[-1].x
+    assert torch.equal(inside, plain()[-1].x)
