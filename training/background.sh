@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RUNS=${RUNS:-runs}
-START=$([ -d training/weights ] && echo training/weights || echo weights)
+START=${START:-$([ -d training/weights ] && echo training/weights || echo weights)}
 PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=1 PYTHONPATH=$PWD RUNS PYTHON START
 PART=("$RUNS"/{stage_1,stage_2,judge,teacher,noise_clip})

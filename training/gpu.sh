@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RUNS=${RUNS:-runs}
 PYTHON=${PYTHON:-python}
-START=$([ -d training/weights ] && echo training/weights || echo weights)
+START=${START:-$([ -d training/weights ] && echo training/weights || echo weights)}
 DATA=${1:-${MTL_ANAGRAM_DATA:?the folder of the drawings: as the first word, or in MTL_ANAGRAM_DATA}}
 export PYTHONPATH=$PWD
 DEVICE=${DEVICE:-cuda}

@@ -79,7 +79,7 @@ def test_ten_minutes_of_a_gpu_are_rehearsed(tmp_path) -> None:
             strokes[i, top : top + 15, left] = strokes[i, top, left : left + 15] = 255
         np.save(tmp_path / f"{name}.npy", strokes)
     env = os.environ | {
-        "RUNS": str(tmp_path / "runs"), "PYTHON": sys.executable, "DEVICE": "cpu", "MINUTES": "5",
+        "RUNS": str(tmp_path / "runs"), "PYTHON": sys.executable, "DEVICE": "cpu", "MINUTES": "5", "START": "weights",
         "TRAIN_OPTIONS": "--batch 1 --pictures 50 --typical 1 --concepts duck whale", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = ["bash", str(ROOT / "training/gpu.sh"), str(tmp_path)]
