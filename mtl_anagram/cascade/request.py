@@ -154,12 +154,13 @@ def check_networks(models: Models, request: Request) -> None:
             said = f"the anti-segregation loss wants attention at {resolution} px, this UNet has it at {have}"
             remedy = "choose another size or map_resolution, or turn anti_segregation off"
             raise InputError(f"size={side}: {said}; {remedy}")
+    text_width = config_of(models.source("stage_1"), "text_encoder", T5Config).d_model
     for stage, size in enumerate(request.sizes[:2], start=1):
         config = models.unet_config(stage)
         wanted = {
             "in_channels": 3 * stage,  # stage II sees stage I's picture too
             "out_channels": 6,
-            "encoder_hid_dim": config_of(models.source("stage_1"), "text_encoder", T5Config).d_model,
+            "encoder_hid_dim": text_width,
             "class_embed_type": None if stage == 1 else "timestep",
         }
         found = {name: (getattr(config, name), value) for name, value in wanted.items()}

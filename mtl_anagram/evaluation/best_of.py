@@ -19,6 +19,8 @@ from ..files.outputs import Anagram, check_folder
 from ..generate import cascade_of, write_run
 from ..models import NoiseCLIP
 from ..models.prompts import other_prompts, parse_concept
+from ..sampling.schedule import cosine_alpha_bar
+from ..sampling.stages import SCORER_SIZE
 from ..views import View
 from .metrics import TEMPERATURE, alignment, anagram_score, concealment, score_matrix
 
@@ -84,7 +86,9 @@ def by_clip(run: SamplingRun, pictures: Tensor, temperature: float = TEMPERATURE
     texts = clip.embed_text([*run.prompts, *others])
     own = texts[: len(run.views)]
     for part in pictures.split(AT_ONCE):
-        seen = F.interpolate(part, (64, 64), mode="bilinear", antialias=True).to(texts.device)
+        seen = F.interpolate(part, (SCORER_SIZE, SCORER_SIZE), mode="bilinear", antialias=True).to(
+            texts.device
+        )
         scores.append(score_matrix(seen, run.views, lambda x: clip.embed_image(x, 0), own))
         looks.append(score_matrix(seen, run.views, lambda x: embed_finished(clip, x), texts))
     return torch.cat(scores).cpu(), anagram_score(torch.cat(looks), temperature).cpu()
@@ -98,7 +102,7 @@ def embed_finished(clip: NoiseCLIP, pictures: Tensor) -> Tensor:
     """
     size, count = clip.image_encoder.image_size, clip.image_encoder.n_timesteps
     step, t = max(1, size // 32), round(LOOKS_NOISE * count)
-    kept = math.cos((t / count + 0.008) / 1.008 * math.pi / 2) ** 2  # the squared-cosine schedule's alpha_bar
+    kept = cosine_alpha_bar(t / count)
     generator = torch.Generator("cpu").manual_seed(0)
     around, looks = F.pad(pictures, (step,) * 4, mode="replicate"), []
     for look, (right, down) in enumerate(LOOKS):
