@@ -47,7 +47,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["mtl_anagram", "mtl_anagram.*"]), "mtl_anagram.weights"],
     package_dir={"mtl_anagram": "mtl_anagram", "mtl_anagram.weights": "weights"},
-    package_data={"mtl_anagram": ["py.typed"], "mtl_anagram.weights": WEIGHTS},
+    package_data={"mtl_anagram": ["py.typed", "evaluation/page.html"], "mtl_anagram.weights": WEIGHTS},
     install_requires=[
         "torch>=2.5",
         "safetensors>=0.4",
@@ -69,6 +69,9 @@ setup(
             "numpy",
             "scipy",
             "ftfy",
+            "triton>=3; platform_system == 'Linux'",
+            "nbclient>=0.9",
+            "ipykernel>=6",
         ],
         "bench": ["diffusers>=0.30", "transformers>=4.40", "protobuf"],
         "train": ["numpy", "scipy"],

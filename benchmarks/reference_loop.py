@@ -46,17 +46,22 @@ class RecordingAttention:
         return attn.to_out[0](out).transpose(1, 2).reshape(residual.shape) + residual
 
 
+def recorded(unet) -> dict[str, Tensor]:
+    """Where the network's attention will be, by layer, from its next forward on."""
+    kept: dict[str, Tensor] = {}
+    unet.set_attn_processor({name: RecordingAttention(name, kept) for name in unet.attn_processors})
+    return kept
+
+
 def load(weights: Path) -> dict:
     """The embedded cascade's folder, read by the reference libraries in float32."""
     stage = weights / "stage_1"
     unet = UNet2DConditionModel.from_pretrained(
         stage / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False
     )
-    kept: dict[str, Tensor] = {}
-    unet.set_attn_processor({name: RecordingAttention(name, kept) for name in unet.attn_processors})
     return {
         "unet": unet,
-        "maps": kept,
+        "maps": recorded(unet),
         "t5": T5EncoderModel.from_pretrained(stage / "text_encoder", torch_dtype=torch.float32),
         "tokenizer": load_tokenizer(stage),
         "scheduler": DDPMScheduler.from_pretrained(stage / "scheduler"),
@@ -64,29 +69,46 @@ def load(weights: Path) -> dict:
     }
 
 
-def sample(models: dict, prompts: list[str], view_names: list[str], seed: int) -> Tensor:
+def sample(models: dict, prompts: list[str], view_names: list[str], seed: int, steps: int = STEPS) -> Tensor:
     """One 64 px anagram with all techniques, (3, 64, 64) in [-1, 1]."""
-    unet, maps, views = models["unet"], models["maps"], get_views(view_names)
-    count = len(views)
-    ids, mask = models["tokenizer"]([""] * count + prompts)
+    ids, mask = models["tokenizer"]([""] * len(prompts) + prompts)
     with torch.no_grad():
         text = models["t5"](ids, attention_mask=mask).last_hidden_state
     spans = [concept_span(models["tokenizer"], prompt) for prompt in prompts]
-    score = models["clip"].scorer(prompts)
-    scheduler = models["scheduler"]
-    scheduler.set_timesteps(STEPS)
+    *_, x = states(
+        models["unet"], models["maps"], models["scheduler"], text, get_views(view_names), spans, seed, steps,
+        models["clip"].scorer(prompts),
+    )  # fmt: skip
+    return x[0]
+
+
+def states(unet, maps, scheduler, text, views, spans, seed, steps=STEPS, score=None, low_res=None, level=50):
+    """The picture after every step, (1, 3, H, W). spans None: without anti-segregation; low_res: a stage II's."""
+    count, device, size, more = len(views), text.device, 64, {}
+    scheduler.set_timesteps(steps)
     times = scheduler.timesteps.tolist()
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 3, 64, 64, generator=generator)
+    if low_res is not None:
+        size = 4 * low_res.shape[-1]
+    x = torch.randn(1, 3, size, size, generator=generator).to(device)
+    if low_res is not None:
+        large = torch.nn.functional.interpolate(low_res, (size, size), mode="bilinear", align_corners=True)
+        noise = torch.randn(1, 3, size, size, generator=generator).to(device)
+        condition = scheduler.add_noise(large, noise, torch.tensor([level], device=device))
+        more = {"class_labels": torch.full((2 * count,), level, device=device)}
     for k, t in enumerate(times):
         with torch.no_grad():
-            seen = torch.stack([view.view(x[0]) for view in views])
-            null, prompt = unet(torch.cat([seen, seen]), t, text).sample.chunk(2)
+            full = x if low_res is None else torch.cat([x, condition], dim=1)
+            seen = torch.stack([view.view(full[0]) for view in views])
+            rows = torch.cat([seen, seen]).to(text.dtype)
+            null, prompt = unet(rows, t, text, **more).sample.float().chunk(2)
             null = torch.stack([view.inverse_view(n) for view, n in zip(views, null, strict=True)])
             prompt = torch.stack([view.inverse_view(p) for view, p in zip(views, prompt, strict=True)])
             eps = null[:, :3] + GUIDANCE * (prompt[:, :3] - null[:, :3])
-            cosines = score(seen[None] / 2 + 0.5, t)[0].clamp(min=1e-4)
-            a = cosines ** -(1 + k / 30)
+            a = torch.ones(count, device=device)
+            if score is not None:
+                cosines = score(seen[None] / 2 + 0.5, t)[0].clamp(min=1e-4)
+                a = cosines ** -(1 + k / 30)
             a = a / a.sum()
             power = (a**2).sum()
             for i, j in combinations(range(count), 2):
@@ -94,9 +116,9 @@ def sample(models: dict, prompts: list[str], view_names: list[str], seed: int) -
             noise = (a[:, None, None, None] / power.sqrt() * eps).sum(0)
             variance = (a[:, None, None, None] * prompt[:, 3:]).sum(0)
             x = scheduler.step(torch.cat([noise, variance])[None], t, x, generator=generator).prev_sample
-        if k <= LAST_GUIDED and k + 1 < len(times):
+        if spans is not None and k <= LAST_GUIDED and k + 1 < len(times):
             x = separate(unet, maps, x, times[k + 1], text, spans, views)
-    return x[0]
+        yield x
 
 
 def separate(unet, maps, x, t, text, spans, views) -> Tensor:
@@ -105,12 +127,12 @@ def separate(unet, maps, x, t, text, spans, views) -> Tensor:
     x = x.detach().requires_grad_()
     optimizer = torch.optim.SGD([x], lr=RATE)
     seen = torch.stack([view.view(x[0]) for view in views])
-    unet(torch.cat([seen, seen]), t, text)
+    unet(torch.cat([seen, seen]).to(text.dtype), t, text)
     totals = [0.0] * count
     for name, probabilities in maps.items():
         if name.startswith(("down", "up")) and probabilities.shape[2] == 32 * 32:
             for i, (start, stop) in enumerate(spans):
-                columns = probabilities[count + i, :, :, start:stop].sum(dim=(0, 2))
+                columns = probabilities[count + i, :, :, start:stop].float().sum(dim=(0, 2))
                 totals[i] = totals[i] + views[i].inverse_map(columns.reshape(32, 32))
     pairs = list(combinations(range(count), 2))
     wanted = 0.5 - 0.05 * (count - 1)

@@ -16,29 +16,23 @@ if TYPE_CHECKING:
     )
     from .evaluation.protocol import Protocol, evaluate
     from .files.outputs import Anagram
+    from .files.preview import Preview
     from .generate import generate_anagram, repeat_anagram
     from .sampling import Recipe, UpscaleRecipe
     from .views import View, get_views
 
 __version__ = "0.1.0"
 __all__ = [
-    "Anagram", "AnagramError", "CapacityError", "Cascade", "ConfigError", "InputError", "PromptWarning",
-    "Protocol", "Recipe", "SourceError", "UpscaleRecipe", "View", "WeightsError", "evaluate",
+    "Anagram", "AnagramError", "CapacityError", "Cascade", "ConfigError", "InputError", "Preview",
+    "PromptWarning", "Protocol", "Recipe", "SourceError", "UpscaleRecipe", "View", "WeightsError", "evaluate",
     "generate_anagram", "get_views", "repeat_anagram",
 ]  # fmt: skip
 # A name's module is imported when the name is first used: the command answers --help without torch.
-_HOMES = {
-    "Anagram": "files.outputs",
-    "Cascade": "cascade",
-    "Protocol": "evaluation.protocol",
-    "Recipe": "sampling",
-    "UpscaleRecipe": "sampling",
-    "View": "views",
-    "evaluate": "evaluation.protocol",
-    "generate_anagram": "generate",
-    "get_views": "views",
-    "repeat_anagram": "generate",
-}
+_HOMES = {"Anagram": "files.outputs", "Cascade": "cascade", "Preview": "files.preview"}
+_HOMES |= dict.fromkeys(["Protocol", "evaluate"], "evaluation.protocol")
+_HOMES |= dict.fromkeys(["Recipe", "UpscaleRecipe"], "sampling")
+_HOMES |= dict.fromkeys(["View", "get_views"], "views")
+_HOMES |= dict.fromkeys(["generate_anagram", "repeat_anagram"], "generate")
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     options = _parser().parse_args(argv)
+    own = threading.current_thread() is threading.main_thread()
+    # SIGTERM is a scheduler's notice: what is under way is dropped, what is finished stays.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if own else None
     printer, level = _Printer(options), log.level
     log.addHandler(printer)
     log.setLevel(logging.INFO)
@@ -64,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         log.removeHandler(printer)
         log.setLevel(level)
 
@@ -96,6 +103,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
+    from .evaluation.arguments import add_partners, add_protocol, add_request, add_sources, add_work
 
     about = "Visual anagrams: one picture that reads as several things."
     parser = argparse.ArgumentParser(prog="mtl-anagram", description=about)
@@ -110,13 +118,20 @@ def _parser() -> argparse.ArgumentParser:
     generate = command(_generate, "sample pictures from prompts and views", "Sample pictures that read as the i-th "
         "prompt under the i-th view. Writes OUT/SEED/sample_64.png, sample_64.views.png and metadata.json (and 256 px "
         "where the model has a stage II, 1024 px where it has a stage III too).")  # fmt: skip
-    _add_request(generate.add_argument, generate.add_argument_group("stage III").add_argument)
+    add_request(generate.add_argument, generate.add_argument_group("stage III").add_argument)
     repeat = command(_repeat, "make a picture again from its metadata.json")
     repeat.add_argument("metadata", type=Path, metavar="METADATA")
     evaluate = command(_evaluate, "measure pairs, views, seeds and recipes", "Sample all pairs of the concepts under "
         "each view with each recipe and seed, and measure alignment, concealment and what the judge reads. Writes "
         "OUT/cells/* and OUT/report.json. The same command goes on where it was stopped.")  # fmt: skip
-    _add_protocol(evaluate.add_argument)
+    add_protocol(evaluate.add_argument)
+    batch = command(_batch, "make the pictures of many requests", "Make all anagrams of a JSON Lines file: a request a "
+        "line, generate_anagram's arguments and a name. Writes OUT/NAME/SEED/* and OUT/manifest.jsonl. Any number of "
+        "processes share the work (torchrun ... -m mtl_anagram batch), and the same command goes on.")  # fmt: skip
+    batch.add_argument("requests", type=Path, metavar="REQUESTS")
+    batch.add_argument("--batch-size", type=int, default=4, help="pictures sampled at once (default: 4)")
+    partners = command(_partners, "which names go together under which view, best first")
+    add_partners(partners.add_argument)
     info = command(_info, "what a model needs and what fits this machine", "Print a model's plan: parameters, bytes "
         "on disk, memory of each stage, what fits this machine, and which files are here. Loads nothing.")  # fmt: skip
     add = info.add_argument
@@ -127,101 +142,50 @@ def _parser() -> argparse.ArgumentParser:
     download = command(_download, "bring a model's files to this machine", "Fetch exactly the files that a model "
         "loads: into the hub's cache, or into a folder that is a model by itself. The IF weights are gated: accept the "
         "licence on their pages at huggingface.co, then `hf auth login` or set HF_TOKEN.")  # fmt: skip
-    add = download.add_argument
-    add("--to", metavar="FOLDER", help="a folder of its own (default: the hub's cache)")
-    add("--quiet", action="store_true", help="no progress bars")
-
-    for added, base in ((generate, "output"), (repeat, "repeated"), (evaluate, "evaluation")):
-        add = added.add_argument
-        add("--out", metavar="FOLDER", help=f"default: {base}/NAME, a name of the request's own")
-        add("--quiet", action="store_true", help="no progress bars, only results")
-        add("--threads", type=int, metavar="N", help="threads on a CPU (default: one for each core)")
-        if added is not evaluate:
-            add("--overwrite", action="store_true", help="replace another request's pictures")
+    download.add_argument("--to", metavar="FOLDER", help="a folder of its own (default: the hub's cache)")
+    download.add_argument("--quiet", action="store_true", help="no progress bars")
+    for added in (generate, repeat):
+        added.add_argument("--overwrite", action="store_true", help="replace another request's pictures")
+    for added in (generate, repeat, evaluate, batch, partners):
+        add_work(added.add_argument)
+    command(_concepts, "what a model has learnt to draw")
     for added in commands.choices.values():
-        _add_sources(added.add_argument_group("model").add_argument)
+        add_sources(added.add_argument_group("model").add_argument)
+    _add_showing(command)
     return parser
 
 
-def _add_request(add: Any, add_3: Any) -> None:
-    add("prompts", nargs="+", metavar="PROMPT", help="one per view; [brackets] mark the concept")
-    add("--views", nargs="+", required=True, metavar="VIEW", help='such as "rotate_cw+negate"')
-    add(
-        "--view-args", type=json.loads, metavar="JSON", help='a list, one entry per view: [null, {"seed": 3}]'
-    )
-    add("--style", default="", help='words before every prompt, such as "a sketch of"')
-    add("--negative", nargs="+", metavar="PROMPT", help="what not to draw: one for all, or one per view")
-    add("--concepts", nargs="+", metavar="WORDS", help="per prompt; default: its last word")
-    add("--seed", nargs="+", default=["0"], metavar="N", help="seeds and ranges: 9 12 20-27")
-    add("--best-of", type=int, metavar="N", help="of N seeds from --seed on take the best by the CLIP")
-    add("--recipe", choices=("released", "corrected", "plain"), help="default: the one the model comes with")
-    for option in ("--balancing", "--rectification", "--anti-segregation"):
-        add(option, action=argparse.BooleanOptionalAction, help="switch, over the recipe")
-    add("--steps", type=int, dest="num_inference_steps", metavar="N", help="default: the recipe's")
-    add("--guidance-scale", type=float, metavar="SCALE", help="default: the recipe's")
-    add("--solver", choices=("ddpm", "ddim", "dpm_solver_2m"), help="default: the recipe's")
-    add("--noise-level", type=int, default=50, help="stage II's, 0 to 999 (default: 50)")
-    add("--size", type=int, help="stage I's side in px (default: what it was trained at)")
-    add("--stop-after", type=int, metavar="PX", help="64: stage I alone; 256: no stage III")
-    add("--batch-size", type=int, default=4, help="seeds sampled at once (default: 4)")
-    add_3("--stage-3-steps", type=int, dest="stage_3_num_inference_steps", metavar="N", help="default: 75")
-    add_3("--stage-3-guidance-scale", type=float, metavar="SCALE", help="default: 9")
-    add_3("--stage-3-noise-level", type=int, metavar="N", help="0 to 350 (default: 0)")
-    add_3("--stage-3-views", choices=("first", "all", "all_latents"), help="first: the first prompt alone, as released "
-        "(default); all: every view's prompt, through pixels; all_latents: the same on latents, cheap and "
-        "approximate")  # fmt: skip
-    add_3("--stage-3-exchange-every", type=int, metavar="N", help="steps between all's averages (default: 1)")
-
-
-def _add_protocol(add: Any) -> None:
-    add("--concepts", nargs="+", metavar="NAME", help="default: what the model has learnt to draw")
-    add("--pairs", nargs="+", metavar="A/B", help="these pairs instead, such as duck/rabbit")
-    add("--pair-count", type=int, metavar="N", help="N pairs by a fixed draw (default: all pairs)")
-    add("--pair-seed", type=int, default=0, metavar="N", help="the seed of that draw (default: 0)")
-    add("--singles", action="store_true", help="pictures of one reading: no pairs, no views")
-    names = "own plain balancing rectification anti_segregation released corrected"
-    views = ["flip", "rotate_180", "rotate_ccw"]
-    add("--views", nargs="+", default=views, metavar="VIEW", help=f"second reading's ({' '.join(views)})")
-    add("--recipes", nargs="+", metavar="RECIPE", help=f"some of: {names}; or the JSON file of a recipe's fields "
-        "(default: all of these names; with --singles: plain)")  # fmt: skip
-    add("--seed", nargs="+", default=["0-9"], metavar="N", help="seeds and ranges (default: 0-9)")
-    add("--style", default="a sketch of", help='words before every name (default: "a sketch of")')
-    add("--steps", type=int, help="denoising steps of every recipe (default: the model's)")
-    add("--guidance-scale", type=float, help="of every recipe (default: the model's)")
-    add("--size", type=int, default=64, help="64, or 256 to measure what stage II makes (default: 64)")
-    add("--noise-level", type=int, default=50, help="stage II's, 0 to 999 (default: 50)")
-    add("--judge", metavar="FOLDER", help="the judge's folder (default: judge/ in the model's, if there)")
-    add("--temperature", type=float, default=0.05, help="of concealment (default: 0.05)")
-    add("--batch-size", type=int, default=10, help="pictures sampled at once (default: 10)")
-
-
-def _add_sources(add: Any) -> None:
-    add("--model", help="IF-M, IF-L, IF-XL, a folder, or a hub id of stage I (default: the embedded cascade)")
-    add("--stage-2", help='stage II\'s folder, hub id or release, or "none"')
-    add("--stage-3", help='the x4 upscaler\'s folder, hub id or release, or "none"')
-    add("--noise-clip", help='the noise-aware CLIP\'s folder, "glide" for GLIDE\'s, or "none"')
-    add("--variant", help="of the weight files: fp16 (a release's default) or fp32")
-    add("--device", help="cpu, cuda, cuda:0, mps (default: the best there is)")
-    add("--dtype", help="float32, float16 or bfloat16 (default: float16 on CUDA, else float32)")
-    add("--keep", choices=("auto", "all", "one"), default="auto",
-        help="networks in memory: all, one stage's, or as there is room (default)")  # fmt: skip
-    add("--text-encoder", choices=("auto", "whole", "streamed"), default="auto",
-        help="load T5, or run it from its files with little memory (default: the first, where it fits)")  # fmt: skip
-    add("--prompt-cache", metavar="FOLDER", help="keep prompts' states there: T5 runs for new ones alone")
+def _add_showing(command: Callable[..., argparse.ArgumentParser]) -> None:
+    animate = command(_animate, "films of what was made, from reading to reading", "Write a GIF, a WebP and, where "
+        "ffmpeg is found, an MP4 beside each seed's picture: its views in turn, with their prompts.")  # fmt: skip
+    animate.add_argument("folder", metavar="FOLDER", help="a seed's, or one that holds several")
+    animate.add_argument("--seconds", type=float, default=1.5, help="of one movement (default: 1.5)")
+    page = command(_page, "one HTML file of all that was made, to be turned by hand")
+    page.add_argument("folders", nargs="+", metavar="FOLDER", help="all seeds below them are shown")
+    page.add_argument("--out", default="page.html", metavar="FILE", help="default: page.html")
+    for added in (animate, page):
+        added.add_argument("--size", type=int, default=256, metavar="PX", help="at most (default: 256)")
+        added.add_argument("--overwrite", action="store_true", help="replace another file")
+    views = command(_views, "the views, and what each allows")
+    views.add_argument("--sheet", metavar="FILE", help="a PNG on which all of them are drawn")
 
 
 def _cascade(options: argparse.Namespace) -> Cascade:
     from .cascade import Cascade
 
+    # torchrun's: a card for each process
+    if (rank := os.environ.get("LOCAL_RANK")) and options.device is None:
+        import torch
+
+        options.device = f"cuda:{rank}" if int(rank) < torch.cuda.device_count() else None
     names = ("stage_2", "stage_3", "noise_clip", "variant", "device", "dtype", "keep", "text_encoder")
-    return Cascade.from_pretrained(
-        options.model, **{n: getattr(options, n) for n in (*names, "prompt_cache")}
-    )
+    return Cascade.from_pretrained(options.model, **_given(options, *names, "prompt_cache"))
 
 
 def _generate(options: argparse.Namespace) -> None:
     from .errors import InputError
     from .evaluation.best_of import best_of
+    from .files.preview import Preview
     from .generate import generate_anagram
     from .sampling import Recipe, UpscaleRecipe
 
@@ -233,14 +197,16 @@ def _generate(options: argparse.Namespace) -> None:
     changes = {field.name: given[field.name] for field in dataclasses.fields(Recipe) if field.name in given}
     upscale = {k.removeprefix("stage_3_"): v for k, v in given.items() if k.startswith("stage_3_")}
     names = ("style", "prompts", "views", "view_args", "concepts", "noise_level", "size")
-    request = {name: getattr(options, name) for name in names}
+    own = ("start_from", "strength", "reference", "reference_view")
+    request = _given(options, *names) | {name: given[name] for name in own if name in given}
     request["negative"] = options.negative[0] if len(options.negative or ()) == 1 else options.negative
     request["recipe"] = dataclasses.replace(recipe, **changes)
     request["upscale"] = UpscaleRecipe(**upscale) if upscale else None
     words = [word for word in (*options.prompts, *options.views) if word != "identity"]
     request["save_dir"] = options.out or _folder("output", words, request, cascade)
-    request |= {name: getattr(options, name) for name in ("stop_after", "batch_size", "overwrite")}
+    request |= _given(options, "stop_after", "batch_size", "overwrite")
     request |= {"model": cascade, "progress": not options.quiet}
+    request["on_step"] = Preview(options.preview) if options.preview else None
     if options.best_of is None:
         made = generate_anagram(**request, seed=seeds)
     else:
@@ -267,37 +233,77 @@ def _repeat(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .cascade import embedded_folder
-    from .errors import InputError
-    from .evaluation.protocol import ABLATION, Protocol, as_table, choose_pairs, evaluate
-    from .files.hub import read_config
-    from .models import load_judge
-    from .sampling import Recipe
+    from .evaluation.arguments import protocol_of
+    from .evaluation.protocol import as_table, evaluate
 
-    cascade, model = _cascade(options), Path(options.model or embedded_folder())
-    has_judge = options.judge is not None or (model / "judge" / "judge.json").is_file()
-    judge = load_judge(options.judge or model) if has_judge else None
-    names = options.concepts or cascade.concepts or (judge.names if judge else [])
-    if not names and not options.pairs:
-        raise InputError("neither the model nor a judge lists its names: give --concepts or --pairs")
-    pairs = tuple(tuple(pair.split("/")) for pair in options.pairs or (names if options.singles else ()))
-    pairs = pairs or choose_pairs(names, options.pair_count, options.pair_seed)
-    given = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
-    same = {name: getattr(cascade.recipe, name) if value is None else value for name, value in given.items()}
-    known = {name: dataclasses.replace(r, **same) for name, r in {"own": cascade.recipe, **ABLATION}.items()}
-    recipes = {}
-    for name in options.recipes or (["plain"] if options.singles else known):
-        if name not in known and not name.endswith(".json"):
-            raise InputError(f"--recipes {name}: unknown; there are {', '.join(known)}, and JSON files")
-        recipes[Path(name).stem] = known[name] if name in known else read_config(Path(name), Recipe.from_dict)
-    protocol = Protocol(
-        pairs, tuple(options.views), recipes, tuple(parse_seeds(options.seed)), options.style, options.size,
-        options.noise_level, options.temperature,
-    )  # fmt: skip
-    words = ["-".join(pair) for pair in pairs] if len(pairs) < 3 else [f"{len(pairs)} pairs"]
-    out = options.out or _folder("evaluation", [*words, *protocol.views], vars(protocol), cascade)
+    cascade = _cascade(options)
+    protocol, judge = protocol_of(options, cascade, parse_seeds(options.seed))
+    pairs = ["-".join(pair) for pair in protocol.pairs]
+    words = [*(pairs if len(pairs) < 3 else [f"{len(pairs)} pairs"]), *protocol.views]
+    out = options.out or _folder("evaluation", words, vars(protocol), cascade)
     work = {"batch_size": options.batch_size, "progress": not options.quiet}
     log.info(as_table(evaluate(cascade, protocol, out, judge=judge, **work)))
+
+
+def _batch(options: argparse.Namespace) -> None:
+    from .evaluation.batch import batch
+
+    out = options.out or os.path.join("batch", options.requests.stem)
+    work = {"batch_size": options.batch_size, "progress": not options.quiet}
+    lines = batch(options.requests, out, model=_cascade(options), **work)
+    for line in lines:
+        if "error" in line:
+            log.warning("%s, seed %s, failed: %s", line["name"], line["seed"], line["error"])
+    done = sum(line["status"] == "done" for line in lines)
+    log.info(f"{os.path.join(out, 'manifest.jsonl')}  {done} of {len(lines)} pictures are done")
+
+
+def _partners(options: argparse.Namespace) -> None:
+    from .cascade import embedded_folder
+    from .evaluation.arguments import judge_of
+    from .evaluation.partners import TABLE, measure_partners, partners_of
+
+    model = Path(options.model or embedded_folder())
+    if options.measure:
+        cascade = _cascade(options)
+        out = options.out or os.path.join("partners", cascade.name)
+        given = _given(options, "views", "style", "batch_size") | {"seeds": parse_seeds(options.seed)}
+        given |= {"names": options.concepts, "progress": not options.quiet}
+        measure_partners(cascade, out, judge=judge_of(options, model), **given)
+    table = os.path.join(out, TABLE) if options.measure else options.table or model / TABLE
+    for row in partners_of(table, options.name)[: options.top]:
+        read = "" if row.read is None else f"  read both ways {row.read:4.0%}"
+        log.info(f"{row.first} / {row.second}, {row.view}{read}  score {row.score:.2f}")
+
+
+def _animate(options: argparse.Namespace) -> None:
+    from .evaluation.gallery import animate
+
+    for path, there in animate(options.folder, **_given(options, "size", "seconds", "overwrite")):
+        log.info(f"{path}{'  (was there)' * there}")
+
+
+def _page(options: argparse.Namespace) -> None:
+    from .evaluation.gallery import write_page
+
+    count = write_page(options.folders, options.out, **_given(options, "size", "overwrite"))
+    log.info(f"{options.out}  {count} anagrams")
+
+
+def _views(options: argparse.Namespace) -> None:
+    from .evaluation.gallery import describe_views, views_sheet
+    from .files.images import save_picture
+
+    log.info("\n".join(describe_views()))
+    if options.sheet:
+        save_picture(options.sheet, views_sheet())
+        log.info(options.sheet)
+
+
+def _concepts(options: argparse.Namespace) -> None:
+    cascade = _cascade(options)
+    for what in ("concepts", "styles", "clip_concepts"):
+        log.info(f"{what}: {', '.join(getattr(cascade, what)) or 'not listed'}")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -331,6 +337,10 @@ def _download(options: argparse.Namespace) -> None:
     done = f"{len(sizes)} files, {human_bytes(sum(sizes.values()))}; from now on it works offline, too "
     done += f"(HF_HUB_OFFLINE=1): mtl-anagram generate ... --model {options.to or options.model}"
     log.warning(done if sizes else "nothing to fetch: no part of it is on a hub")
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
 
 
 def _report(made: Sequence[Anagram]) -> None:

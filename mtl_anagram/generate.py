@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from . import __version__
-from .cascade import Cascade, CascadeStep, SamplingRun, check_seeds
+from .cascade import Cascade, Picture, SamplingRun, check_seeds
+from .cascade.models import Models
+from .cascade.run import Job, picture_of, sample_jobs
 from .errors import InputError
 from .files import outputs
+from .files.checksums import combined_checksum
 from .files.hub import Source
+from .files.images import save_picture
 from .files.outputs import Anagram
-from .models.checksums import combined_checksum
 from .models.loading import resolve_device
 from .sampling import Recipe, StepState, UpscaleRecipe
 from .sampling.checks import check_kinds
@@ -26,6 +30,8 @@ from .sampling.loop import After, Combine, Step
 from .views import View, view_from_metadata
 
 OnStep = Callable[[list[int], int, StepState], None]
+Checksums = tuple[dict[str, str], dict[str, str]]  # of files up to stage II, and of stage III's
+Folders = Mapping[SamplingRun, Path]
 
 
 def generate_anagram(
@@ -54,15 +60,20 @@ def generate_anagram(
     combine: Combine | Mapping[int, Combine] | None = None,
     step: Step | Mapping[int, Step] | None = None,
     after: After | Mapping[int, After] | None = None,
+    start_from: Picture | None = None,
+    strength: float | Sequence[float] | None = None,
+    reference: Picture | None = None,
+    reference_view: str | View | None = None,
 ) -> list[Anagram]:
     """Sample pictures that read as `prompts[i]` under `views[i]`, and write them: the released code's call.
 
     Writes SAVE_DIR/SEED (4 digits)/sample_64.png, sample_64.views.png (all views side by side), the same at 256 px
-    (and 1024) where the cascade has a stage II (and III), and last metadata.json, from which `repeat_anagram` makes
-    the picture again. A seed whose folder holds all this for the same request is skipped; a folder that holds another
-    request's is an error, unless `overwrite`. num_inference_steps, guidance_scale: in place of the recipe's. model:
-    None = the embedded cascade, a folder, a hub id, or a Cascade. progress: show bars. on_step(seeds, stage, state) is
-    called at every step. All else: as `Cascade.sample`, whose errors and warnings come before any sampling starts.
+    (and 1024) where the cascade has a stage II (and III), copies of start_from and reference, and last metadata.json,
+    from which `repeat_anagram` makes the picture again; of several seeds also SAVE_DIR/seeds.png, a sheet of all. A
+    seed whose folder holds all this for the same request is skipped; another request's is an error, unless `overwrite`.
+    num_inference_steps, guidance_scale: in place of the recipe's. model: None = the embedded cascade, a folder, a hub
+    id, or a Cascade. progress: show bars. on_step(seeds, stage, state) is called at every step (`Preview` is one). All
+    else: as `Cascade.sample`, whose errors and warnings come before any sampling starts.
     """
     seeds = check_seeds(seed)
     check_kinds(on_step=(on_step, Callable, type(None)), recipe=(recipe, Recipe, type(None)))
@@ -74,6 +85,7 @@ def generate_anagram(
         prompts, views, seeds, style=style, negative=negative, concepts=concepts, view_args=view_args,
         recipe=dataclasses.replace(recipe or cascade.recipe, **changes), size=size, stop_after=stop_after,
         noise_level=noise_level, upscale=upscale, batch_size=batch_size, combine=combine, step=step, after=after,
+        start_from=start_from, strength=strength, reference=reference, reference_view=reference_view,
     )  # fmt: skip
     return write_run(cascade, run, folder, overwrite, progress, on_step)
 
@@ -100,7 +112,7 @@ def repeat_anagram(
     content = outputs.read_metadata(metadata)
     folder = outputs.check_folder(save_dir)
     try:
-        arguments, request = _arguments(content), content["request"]
+        arguments, request = _arguments(content, Path(metadata)), content["request"]
         dtype, files = content["made_with"]["dtype"], dict(content["weights"]["files"])
         recorded_sums = dict(content.get("pictures", {}))
         third = request["stage_3"]["weights_sha256"] if "stage_3" in request else None
@@ -114,6 +126,9 @@ def repeat_anagram(
             said = f"was made with weights of sha256 {recorded}, but {cascade.name} has {combined_checksum(sums)}"
             raise InputError(f"{metadata} {said}: name the same weights with model=")
     run = cascade.sample(**arguments, batch_size=1, combine=combine, step=step, after=after)
+    for name, about in run.request.given.about().items():
+        if about != request[name]:
+            raise InputError(f"{arguments[name]} is not the picture that was there: put that back")
     rules, own = request.get("rules", {}), _rules(run)
     if own != rules:
         said = f"was made with rules of one's own, {rules}, and now there are {own}"
@@ -129,9 +144,10 @@ def repeat_anagram(
     return anagram
 
 
-def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """What `Cascade.sample` was asked for, from a metadata.json's content; concepts are in brackets again."""
-    request, sizes = content["request"], content["sizes"]
+    request, sizes, folder = content["request"], content["sizes"], path if path.is_dir() else path.parent
+    own = {name: request[name] for name in ("start_from", "reference") if name in request}
     if content["format"] != 1 or ("stage_3" in request) != (len(sizes) == 3):
         raise InputError(f"format={content['format']!r} must be 1, and stage_3 be there for three sizes")
     stage_3 = {name: value for name, value in request.get("stage_3", {}).items() if name != "weights_sha256"}
@@ -144,23 +160,22 @@ def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
         prompts.append(prompt)
         concepts.append(concept if start is None else None)
     size, stop = (tuple(s) if isinstance(s, list) else s for s in (sizes[0], sizes[-1]))
-    return {
-        "prompts": prompts,
-        "views": [view_from_metadata(view) for view in request["views"]],
-        "seeds": check_seeds(content["seed"]),
-        "negative": request.get("negative"),
-        "concepts": concepts,
-        "recipe": Recipe.from_dict(request["recipe"]),
-        "size": size,
-        "stop_after": stop[0] if isinstance(stop, tuple) else stop,
-        "noise_level": request["noise_level"],
-        "upscale": UpscaleRecipe.from_dict(stage_3) if stage_3 else None,
-    }
+    views, recipe = [*map(view_from_metadata, request["views"])], Recipe.from_dict(request["recipe"])
+    found = {"prompts": prompts, "views": views, "seeds": check_seeds(content["seed"]), "recipe": recipe}
+    found |= {"noise_level": request["noise_level"], "concepts": concepts}
+    found |= {"negative": request.get("negative"), "size": size}
+    found["stop_after"] = stop[0] if isinstance(stop, tuple) else stop
+    found |= {name: folder / f"{name}.png" for name in own}
+    if stage_3:
+        found["upscale"] = UpscaleRecipe.from_dict(stage_3)
+    if "start_from" in own:
+        found["strength"] = own["start_from"]["strength"]
+    if "reference" in own:
+        found["reference_view"] = view_from_metadata(own["reference"]["view"])
+    return found
 
 
-def cascade_of(
-    model: Cascade | Source | None, device: str | torch.device | None, dtype: str | None = None
-) -> Cascade:
+def cascade_of(model: Cascade | Source | None, device: Any, dtype: str | None = None) -> Cascade:
     resolved = resolve_device(device) if device is not None else None
     if not isinstance(model, Cascade):
         return Cascade.from_pretrained(model, device=resolved, dtype=dtype)
@@ -188,17 +203,10 @@ def _rules(run: SamplingRun) -> dict[str, str]:
 def request_of(run: SamplingRun, files: dict[str, str], files_3: dict[str, str]) -> dict[str, Any]:
     """What decides a picture besides its seed, as JSON; what is not asked for is left out."""
     asked = run.request
-    about: dict[str, Any] = {
-        "style": asked.style,
-        "prompts": asked.prompts,
-        "concepts": asked.concepts,
-        "concept_positions": asked.positions,
-        "views": [view.to_metadata() for view in asked.views],
-        "recipe": asked.recipe.to_dict(),
-        "noise_level": asked.noise_level,
-        "size": asked.sizes[0],
-        "weights_sha256": combined_checksum(files),
-    }
+    about: dict[str, Any] = {name: getattr(asked, name) for name in ("style", "prompts", "concepts")}
+    about |= {"concept_positions": asked.positions, "views": [view.to_metadata() for view in asked.views]}
+    about |= {"recipe": asked.recipe.to_dict(), "noise_level": asked.noise_level, "size": asked.sizes[0]}
+    about |= {"weights_sha256": combined_checksum(files), **asked.given.about()}
     if asked.negative is not None:
         about["negative"] = asked.negative
     if rules := _rules(run):
@@ -210,54 +218,85 @@ def request_of(run: SamplingRun, files: dict[str, str], files_3: dict[str, str])
 
 def write_run(
     cascade: Cascade, run: SamplingRun, folder: Path, overwrite: bool = False, progress: bool = False,
-    on_step: OnStep | None = None, checksums: tuple[dict[str, str], dict[str, str]] | None = None,
+    on_step: OnStep | None = None, checksums: Checksums | None = None,
 ) -> list[Anagram]:  # fmt: skip
     """Run what is not there yet, write each stage's pictures when they are made, and metadata last."""
-    if checksums is None:
-        checksums = cascade.checksums(), cascade.checksums(parts=["stage_3"]) if len(run.sizes) > 2 else {}
-    request, dtype = request_of(run, *checksums), str(cascade.dtype).removeprefix("torch.")
-    done: dict[int, Anagram] = {}
+    checksums = checksums or checksums_of(cascade, run.sizes)
+    jobs = [(run, seed) for seed in run.seeds]
+    done = {} if overwrite else finished_jobs(jobs, {run: folder}, checksums)
+    todo = [job for job in jobs if job not in done]
+    for _, seed in todo:
+        outputs.check_folder(outputs.folder_of(folder, seed), write=True)
+    bars: dict[int, Any] = {}
+
+    def watch(jobs: Sequence[Job], stage: int, state: StepState) -> None:
+        if stage not in bars:
+            total, title = len(todo) * (state.num_steps - state.index), "stage " + "I" * stage
+            bar = tqdm(total=total, desc=title, unit="step", disable=not progress, dynamic_ncols=True)
+            bars[stage] = stack.enter_context(bar)
+        bars[stage].update(len(jobs))
+        if on_step is not None:
+            on_step([seed for _, seed in jobs], stage, state)
+
+    with ExitStack() as stack:
+        done |= write_jobs(todo, todo, {run: folder}, checksums, run.batch_size, watch, overwrite)
+    if todo and len(run.seeds) > 1:
+        outputs.write_sheet(folder, run.seeds, run.sizes[0])
+    return [done[job] for job in jobs]
+
+
+def checksums_of(cascade: Cascade, sizes: Sequence[Any]) -> Checksums:
+    """What identifies the files that pictures of these sizes depend on, those of stage III apart."""
+    return cascade.checksums(), cascade.checksums(parts=["stage_3"]) if len(sizes) > 2 else {}
+
+
+def finished_jobs(jobs: Sequence[Job], folders: Folders, checksums: Checksums) -> dict[Job, Anagram]:
+    """Which pictures are there whole; InputError where a folder holds another request's."""
 
     def normal(old: dict[str, Any]) -> dict[str, Any]:  # with the fields that older versions did not write
         return {**old, "recipe": Recipe.from_dict(old["recipe"]).to_dict()}
 
-    for seed in [] if overwrite else run.seeds:
-        found = outputs.finished(folder, seed, request, run.sizes, dtype=dtype, normal=normal)
+    done = {}
+    for run, seed in jobs:
+        request, dtype = request_of(run, *checksums), str(run.models.dtype).removeprefix("torch.")
+        found = outputs.finished(folders[run], seed, request, run.sizes, dtype=dtype, normal=normal)
         if found is not None:
-            done[seed] = dataclasses.replace(found, warnings=(*run.warnings, *found.warnings))
-    todo = [seed for seed in run.seeds if seed not in done]
-    for seed in todo:
-        outputs.check_folder(outputs.folder_of(folder, seed), write=True)
+            done[run, seed] = dataclasses.replace(found, warnings=(*run.warnings, *found.warnings))
+    return done
+
+
+def write_jobs(
+    jobs: Sequence[Job], todo: Collection[Job], folders: Folders, checksums: Checksums,
+    batch_size: int, watch: Callable[[Sequence[Job], int, StepState], None] | None = None, overwrite: bool = False,
+) -> dict[Job, Anagram]:  # fmt: skip
+    """Sample jobs, which may be in one batch, and write those of `todo`, each into its run's folder."""
+    done = {}
+    for part, stage, state in sample_jobs(jobs, batch_size):
+        # A copy: who watches may change the state's.
+        pictures = () if (picture := picture_of(state)) is None else picture.clone()
+        if watch is not None:
+            watch(part, stage, state)
+        for job, picture in zip(part, pictures, strict=False):
+            if job not in todo:
+                continue
+            (run, seed), folder = job, folders[job[0]]
+            if overwrite and stage == 1:
+                outputs.clear(outputs.folder_of(folder, seed))
+            outputs.write_pictures(outputs.folder_of(folder, seed), run.sizes[stage - 1], picture, run.views)
+            if stage == len(run.sizes):
+                for name, given in run.request.given.pictures.items():
+                    save_picture(outputs.folder_of(folder, seed) / f"{name}.png", given)
+                request, about = request_of(run, *checksums), _made_with(run.models, checksums)
+                done[job] = outputs.finish(folder, seed, request, run.sizes, about, run.warnings)
+    return done
+
+
+def _made_with(cascade: Models, checksums: Checksums) -> dict[str, Any]:
+    """What a metadata.json says of the weights and of the machine."""
     made_with = {
         "mtl_anagram": __version__, "torch": torch.__version__, "python": platform.python_version(),
-        "device": str(cascade.device), "dtype": dtype,
+        "device": str(cascade.device), "dtype": str(cascade.dtype).removeprefix("torch."),
     }  # fmt: skip
-    about: dict[str, Any] = {"name": cascade.name, "variant": cascade.variants["stage_1"]}
-    about = {"weights": {**about, "files": checksums[0] | checksums[1]}, "made_with": made_with}
-    bars: dict[int, Any] = {}
-    with ExitStack() as stack:
-        for step in run.only(todo):
-            if step.stage not in bars:
-                bars[step.stage] = stack.enter_context(_bar(step, len(todo), progress))
-            bars[step.stage].update(len(step.seeds))
-            # A copy: on_step may change the state's.
-            pictures = () if step.picture is None else step.picture.clone()
-            if on_step is not None:
-                on_step(list(step.seeds), step.stage, step.state)
-            for seed, picture in zip(step.seeds, pictures, strict=False):
-                if overwrite and step.stage == 1:
-                    outputs.clear(outputs.folder_of(folder, seed))
-                outputs.write_pictures(
-                    outputs.folder_of(folder, seed), run.sizes[step.stage - 1], picture, run.views
-                )
-                if step.stage == len(run.sizes):
-                    done[seed] = outputs.finish(folder, seed, request, run.sizes, about, tuple(run.warnings))
-    return [done[seed] for seed in run.seeds]
-
-
-def _bar(step: CascadeStep, count: int, shown: bool) -> Any:
-    """The progress bar of a stage: of all seeds' steps."""
-    from tqdm import tqdm
-
-    total, title = count * step.state.num_steps, "stage " + "I" * step.stage
-    return tqdm(total=total, desc=title, unit="step", disable=not shown, dynamic_ncols=True)
+    files = checksums[0] | checksums[1]
+    about = {"name": cascade.name, "variant": cascade.variants["stage_1"], "files": files}
+    return {"weights": about, "made_with": made_with}

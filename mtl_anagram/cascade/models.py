@@ -12,25 +12,26 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, SourceError, choice
+from ..files.checksums import checksum_of, combined_checksum
 from ..files.hub import Source, read_config
 from ..files.prompt_cache import PromptCache
 from ..models import load_noise_clip, load_t5, load_tokenizer, load_unet, load_upscaler
-from ..models.checksums import checksum_of, combined_checksum, optional_file, part_files, weight_paths
 from ..models.loading import check_unet_files, config_of, resolve_device, resolve_dtype
-from ..models.machine import free_memory
+from ..models.machine import memory_of
 from ..models.noise_clip import NoiseCLIP
-from ..models.releases import Parts
+from ..models.releases import UP_TO_STAGE_2, Parts, optional_file, part_files, weight_paths
 from ..models.t5 import T5Encoder
 from ..models.tokenizers import T5Tokenizer
 from ..models.unet import UNet, UNetConfig
 from ..models.upscaler import Upscaler
 from ..sampling import LatentSchedule, NoiseLevels, Recipe, Schedule
+from ..sampling.checks import check_kinds
+from ..sampling.fused import operations
 from ..sampling.loop import no_gradients
 
 N = TypeVar("N")
 KEEP, TEXT_ENCODERS = ("auto", "all", "one"), ("auto", "whole", "streamed")
 MAX_TOKENS = 77
-UP_TO_STAGE_2 = ("stage_1", "stage_2", "noise_clip")  # the parts that pictures up to there depend on
 SHARE = 0.75  # of the free memory that weights may take: activations and the system need some too
 # What works at the same time. With keep="one", loading one of a row releases the networks of the others.
 TOGETHER = (("text_encoder",), ("unet_1", "noise_clip"), ("unet_2", "noise_clip"), ("upscaler", "noise_clip"))
@@ -43,8 +44,7 @@ def embedded_folder() -> Path:
     for folder in (here / "weights", here.parent / "weights"):  # installed; a checkout
         if (folder / "cascade.json").is_file():
             return folder
-    remedy = "reinstall the package, or name another model"
-    raise SourceError(f"the embedded cascade is not beside {here}: {remedy}")
+    raise SourceError(f"the embedded cascade is not beside {here}: reinstall it, or name another model")
 
 
 class Models:
@@ -57,16 +57,22 @@ class Models:
 
     def __init__(
         self, parts: Parts, recipe: Recipe, device: str | torch.device | None, dtype: str | torch.dtype | None,
-        keep: str, text_encoder: str, prompt_cache: PromptCache | str | Path | None,
+        keep: str, text_encoder: str, prompt_cache: PromptCache | str | Path | None, compile: bool | str,
+        fused: str | None,
     ) -> None:  # fmt: skip
         self._replaced: set[str] = set()
         self._paths: dict[str, dict[str, Path]] = {}
         self.keep = choice("keep", keep, KEEP)
         self.text_mode = choice("text_encoder", text_encoder, TEXT_ENCODERS)
+        check_kinds(compile=(compile, bool, str))
+        self.compile = compile
         if prompt_cache is not None and not isinstance(prompt_cache, PromptCache):
             prompt_cache = PromptCache(prompt_cache)
         self.prompt_cache = prompt_cache
         self.device = resolve_device(device)
+        if fused is not None:
+            operations(fused, self.device)  # which raises where there are none
+        self.fused = fused
         # Half precision is what the released weights were published for; CPUs are faster in float32.
         default = torch.float16 if self.device.type == "cuda" else torch.float32
         self.dtype = resolve_dtype(dtype) or default
@@ -74,6 +80,7 @@ class Models:
         self.name = str(parts.sources["stage_1"]) if parts.name is None else parts.name
         self.recipe, self.concepts, self.styles = recipe, parts.concepts, parts.styles
         self.clip_concepts = parts.clip_concepts or parts.concepts
+        self.joined: Any = None  # what joins several threads' requests, if anything does
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A loaded network comes in another way. A caller's own goes where `release` says so, never to make room.
@@ -91,11 +98,11 @@ class Models:
 
     @cached_property
     def unet_1(self) -> UNet:
-        return self._load("unet_1", load_unet, "stage_1", self.dtype)
+        return self._load("unet_1", self._load_unet, "stage_1", self.dtype)
 
     @cached_property
     def unet_2(self) -> UNet:
-        return self._load("unet_2", load_unet, "stage_2", self.dtype)
+        return self._load("unet_2", self._load_unet, "stage_2", self.dtype)
 
     @cached_property
     def noise_clip(self) -> NoiseCLIP:
@@ -110,9 +117,13 @@ class Models:
         variant = self.variants["stage_3"]
         return load_upscaler(self.source("stage_3"), variant=variant, dtype=self.dtype, device=self.device)
 
-    def _load(
-        self, name: str, load: Callable[..., N], part: str, dtype: torch.dtype | None, **options: Any
-    ) -> N:
+    def _load_unet(self, source: Source, **options: Any) -> UNet:
+        unet = load_unet(source, **options)
+        if self.compile:  # in place: it stays a UNet, whose calls, but not text_maps, go through the compiler
+            unet.compile(fullgraph=True, backend="inductor" if self.compile is True else self.compile)
+        return unet
+
+    def _load(self, name: str, load: Callable[..., N], part: str, dtype: Any, **options: Any) -> N:
         self.make_room(name)
         with no_gradients():  # weights loaded in inference mode could take no part in a gradient
             source, variant = self.source(part), self.variants[part]
@@ -135,9 +146,8 @@ class Models:
 
     def _fits(self, paths: Mapping[str, Path], *, unknown: bool) -> bool:
         """Whether files fit the memory that is free; `unknown` where that is not known."""
-        free = free_memory(self.device)
-        stored = sum(path.stat().st_size for path in paths.values())
-        return unknown if free is None else stored <= SHARE * free
+        memory, stored = memory_of(self.device), sum(path.stat().st_size for path in paths.values())
+        return unknown if memory is None else stored <= SHARE * memory.free
 
     @property
     def text_dtype(self) -> torch.dtype | None:
@@ -242,8 +252,8 @@ class Models:
         computed = str(self.text_dtype)  # the same numbers, whole or streamed
         if self.text_dtype is None:
             computed += ", streamed" if self.streams_text else ", whole"
-        shared = {"computed": computed, "stored": str(self.dtype), "tokens": str(MAX_TOKENS)}
-        return {"weights": combined_checksum(sums), **shared}
+        about = {"weights": combined_checksum(sums), "computed": computed}
+        return about | {"stored": str(self.dtype), "tokens": str(MAX_TOKENS)}
 
 
 def _scheduler(source: Source, folder: str, read: Callable[[dict[str, Any]], N], default: N) -> N:

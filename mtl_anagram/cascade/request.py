@@ -14,12 +14,14 @@ from ..models.prompts import parse_concept, styled
 from ..models.t5 import T5Config
 from ..sampling import Recipe, UpscaleRecipe
 from ..sampling.checks import checked_views
+from ..sampling.fused import permutations
 from ..sampling.upscaling import check_latent_views
 from ..views import View
+from ..views.base import pixel_numbers
+from .given import Given, Size, sides_of
 from .models import Models
 
 MAX_SIDE = 1024  # px, of stage I; far above it no machine has the memory
-Size = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Request:
     noise_level: int
     sizes: list[Size]
     upscale: UpscaleRecipe
+    given: Given
 
     @property
     def averages(self) -> bool:
@@ -85,10 +88,7 @@ def checked_prompts(
 def checked_texts(name: str, texts: Any, count: int, *kinds: type) -> list[Any]:
     """One per prompt; a string is for all."""
     listed = [texts] * count if isinstance(texts, str) else texts
-    right = (
-        isinstance(listed, list | tuple) and [isinstance(text, kinds) for text in listed] == [True] * count
-    )
-    if not right:
+    if not isinstance(listed, list | tuple) or [isinstance(text, kinds) for text in listed] != [True] * count:
         raise InputError(f"{name}={texts!r} must be a string, or a list of {count}, one per prompt")
     return list(listed)
 
@@ -101,22 +101,17 @@ def checked_sizes(models: Models, views: list[View], size: Size | None, stop_aft
     factor = config.size_factor
     fit = [type(side) is int and factor <= side <= MAX_SIDE and side % factor == 0 for side in sides]
     if fit != [True, True]:
-        wanted = (
-            f"a multiple of {factor} up to {MAX_SIDE} for this stage I UNet, or two such: (height, width)"
-        )
+        wanted = f"a multiple of {factor} up to {MAX_SIDE} for this UNet, or two such: (height, width)"
         raise InputError(f"size={size!r} must be {wanted}")
     stops = [sides[0] * times for times in (1, 4, 16)]
     if stop_after is not None and (type(stop_after) is not int or stop_after not in stops):
         raise InputError(f"stop_after={stop_after!r} must be the height that a stage makes: {stops}")
     there = [models.sources[f"stage_{stage}"] is not None for stage in (1, 2, 3)]
     last = max(i for i in range(3) if there[i]) if stop_after is None else stops.index(stop_after)
-    for i in range(last + 1):
-        if not there[i]:
-            remedy = f"name one with stage_{i + 1}=, or stop after {stops[i - 1]}"
-            lacking = (
-                f"the cascade {models.name} has no stage {'I' * (i + 1)}, which comes before or makes that"
-            )
-            raise InputError(f"stop_after={stop_after}: {lacking}; {remedy}")
+    if not all(there[: last + 1]):
+        lacking = there.index(False) + 1
+        said = f"the cascade {models.name} has no stage {'I' * lacking}: name one with stage_{lacking}="
+        raise InputError(f"stop_after={stop_after}: {said}, or stop before it")
     made = [(sides[0] * times, sides[1] * times) for times in (1, 4, 16)[: last + 1]]
     checked_views(views, *made)
     for view in views:
@@ -126,23 +121,21 @@ def checked_sizes(models: Models, views: list[View], size: Size | None, stop_aft
 
 def _check_inverse(view: View, size: tuple[int, int]) -> None:
     """InputError for a view of one's own whose inverse does not undo it, on a picture of numbers."""
-    count = size[0] * size[1]
-    picture = (
-        torch.arange(1, count + 1, dtype=torch.float32, device="cpu").view(1, 1, *size).expand(1, 3, -1, -1)
-    )
+    picture = (pixel_numbers(*size) + 1).float().expand(1, 3, -1, -1)
     try:
         seen = view.view(picture)
         back = view.inverse_view(seen)
     except (RuntimeError, TypeError, IndexError) as error:  # NotImplementedError is a RuntimeError
         raise InputError(f"{view!r} cannot look at a picture {tuple(picture.shape)}: {error}") from error
-    if getattr(view, "reduce", "mean") == "mean" and (
-        seen.shape != picture.shape or not torch.equal(back, picture)
-    ):
+    exact = seen.shape == picture.shape and torch.equal(back, picture)
+    if not exact and getattr(view, "reduce", "mean") == "mean":
         raise InputError(f"{view!r}: inverse_view must undo view, to the bit; look at its move and move_back")
 
 
 def check_networks(models: Models, request: Request) -> None:
     """InputError for networks that cannot do this, or are not each other's, from their configs; loads none."""
+    if models.fused is not None:
+        permutations(request.views, sides_of(request.sizes[0]), torch.device("cpu"))  # raises for other views
     if request.balances and models.sources["noise_clip"] is None:
         said = f"balancing needs a noise-aware CLIP and the cascade {models.name} has none"
         raise InputError(f"{said}: name its folder with noise_clip=, or turn balancing off in the recipe")
@@ -157,12 +150,9 @@ def check_networks(models: Models, request: Request) -> None:
     text_width = config_of(models.source("stage_1"), "text_encoder", T5Config).d_model
     for stage, size in enumerate(request.sizes[:2], start=1):
         config = models.unet_config(stage)
-        wanted = {
-            "in_channels": 3 * stage,  # stage II sees stage I's picture too
-            "out_channels": 6,
-            "encoder_hid_dim": text_width,
-            "class_embed_type": None if stage == 1 else "timestep",
-        }
+        # Stage II sees stage I's picture, too.
+        wanted: dict[str, Any] = {"in_channels": 3 * stage, "out_channels": 6, "encoder_hid_dim": text_width}
+        wanted["class_embed_type"] = None if stage == 1 else "timestep"
         found = {name: (getattr(config, name), value) for name, value in wanted.items()}
         _check_fit(models, stage, size, config.size_factor, found)
         models.schedule(stage, request.recipe.num_inference_steps)
@@ -173,14 +163,10 @@ def check_networks(models: Models, request: Request) -> None:
 def _check_upscaler(models: Models, views: list[View], size: Size, upscale: UpscaleRecipe) -> None:
     upscaler = models.upscaler
     unet, vae = upscaler.unet_config, upscaler.autoencoder_config
-    found = {
-        "in_channels": (unet.in_channels, 4 + 3),
-        "out_channels": (unet.out_channels, 4),
-        "latent_channels": (vae.latent_channels, 4),
-        "the autoencoder's out_channels": (vae.out_channels, 3),
-        "px per latent": (vae.factor, 4),
-        "cross_attention_dim": (unet.cross_attention_dim, upscaler.text_config.hidden_size),
-    }
+    found = {"in_channels": (unet.in_channels, 4 + 3), "out_channels": (unet.out_channels, 4)}
+    found |= {"latent_channels": (vae.latent_channels, 4), "px per latent": (vae.factor, 4)}
+    found |= {"the autoencoder's out_channels": (vae.out_channels, 3)}
+    found |= {"cross_attention_dim": (unet.cross_attention_dim, upscaler.text_config.hidden_size)}
     _check_fit(models, 3, size, unet.size_factor, found)
     highest = min(upscaler.max_noise_level, unet.num_class_embeds - 1)
     whole_number("noise_level of stage III", upscale.noise_level, 0, highest)
@@ -190,20 +176,11 @@ def _check_upscaler(models: Models, views: list[View], size: Size, upscale: Upsc
     upscaler.check_weights(encoder=upscale.views == "all")
 
 
-def _check_fit(
-    models: Models, stage: int, size: Size, factor: int, found: dict[str, tuple[Any, Any]]
-) -> None:
+def _check_fit(models: Models, stage: int, size: Size, factor: int, found: dict[str, Any]) -> None:
     """found: by the config's field its value, and the one that is needed."""
     name = f"the cascade {models.name}: stage {'I' * stage}"
     for field, (value, needed) in found.items():
         if value != needed:
-            said = f"has {field}={value!r}, but {needed!r} is needed here"
-            raise InputError(f"{name} {said}; take all parts from one release")
+            raise InputError(f"{name} has {field}={value!r}, but {needed!r} is needed: mix no releases")
     if any(side % factor for side in sides_of(size)):
-        raise InputError(
-            f"{name} takes {size} px, and its UNet needs multiples of {factor}: choose another size"
-        )
-
-
-def sides_of(size: Size) -> tuple[int, int]:
-    return size if isinstance(size, tuple) else (size, size)
+        raise InputError(f"{name} takes {size} px, but its UNet multiples of {factor}: choose another size")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import cache, partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +17,11 @@ from ..errors import InputError
 from ..models.prompts import concept_span, request_warnings
 from ..sampling import LatentState, Schedule, StepState, sample_stage1, sample_stage2, sample_stage3
 from ..sampling.stages import SCORER_SIZE, Score
+from ..views import View
 from .models import Models
 from .request import Request, Size, sides_of
 
-log = logging.getLogger("mtl_anagram")
+Job = tuple["SamplingRun", int]  # whose picture, and its seed
 
 
 class CascadeStep(NamedTuple):
@@ -30,10 +34,14 @@ class CascadeStep(NamedTuple):
     @property
     def picture(self) -> Tensor | None:
         """The stage's pictures (B, 3, H, W) in [-1, 1], if this is its last step, else None."""
-        state = self.state
-        if isinstance(state, LatentState):
-            return state.picture
-        return state.x if state.index + 1 == state.num_steps else None
+        return picture_of(self.state)
+
+
+def picture_of(state: StepState) -> Tensor | None:
+    """The finished pictures of a stage's last state, else None."""
+    if isinstance(state, LatentState):
+        return state.picture
+    return state.x if state.index + 1 == state.num_steps else None
 
 
 def hooks_by_stage(hooks: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -70,72 +78,53 @@ class SamplingRun:
         )  # fmt: skip
         named = zip(request.prompts, request.concepts, request.positions, strict=True)
         spans = (concept_span(models.tokenizer, text, word, position=place) for text, word, place in named)
-        self._spans = list(spans) if request.segregates else None
-        self._pictures: dict[Size, dict[int, Tensor]] = {size: {} for size in request.sizes}
-        self._steps = self._run(hooks_by_stage(hooks))
+        self.spans = list(spans) if request.segregates else None
+        self.made: dict[Size, dict[int, Tensor]] = {size: {} for size in request.sizes}
+        self.rules, self._steps = hooks_by_stage(hooks), self._run()
 
     def __iter__(self) -> Iterator[CascadeStep]:
         return self
 
     def __next__(self) -> CascadeStep:
-        step = next(self._steps)
-        if step.picture is not None:
-            made = step.picture.detach().to("cpu", torch.float32, copy=True)
-            self._pictures[self.sizes[step.stage - 1]] |= dict(zip(step.seeds, made, strict=True))
-        return step
+        return next(self._steps)
 
     @property
     def pictures(self) -> dict[Size, Tensor]:
+        if self.models.joined is not None and not any(self.made.values()):
+            self.models.joined.make(self)
+            self._steps = iter(())
         for _ in self:
             pass
-        if any(len(found) < len(self.seeds) for found in self._pictures.values()):
+        if any(len(found) < len(self.seeds) for found in self.made.values()):
             raise InputError("this run ended by an error before its pictures were made: call sample again")
-        return {size: torch.stack([made[s] for s in self.seeds]) for size, made in self._pictures.items()}
+        return {size: torch.stack([made[s] for s in self.seeds]) for size, made in self.made.items()}
 
     def only(self, seeds: list[int], stages: int | None = None) -> SamplingRun:
         """The same request from its beginning, of these seeds and the first stages alone; None = all that it has."""
         request = replace(self.request, sizes=self.request.sizes[:stages])
         return SamplingRun(self.models, request, seeds, self.batch_size, self.hooks)
 
-    def _run(self, hooks: dict[int, dict[str, Any]]) -> Iterator[CascadeStep]:
-        if not self.seeds:
-            return
-        models, request, steps = self.models, self.request, self.recipe.num_inference_steps
-        text, null = models.encode(request.prompts)
-        if request.negative is not None:
-            null = models.encode(request.negative)[0]
-        schedules = {stage: models.schedule(stage, steps) for stage in (1, 2)[: len(self.sizes)]}
-        score = self._scorer(schedules) if request.balances else None
-        for stage in schedules:  # a file that is damaged shows now, not when stage I is done
-            models.check_unet(stage)
+    def _run(self) -> Iterator[CascadeStep]:
+        for jobs, stage, state in sample_jobs([(self, seed) for seed in self.seeds], self.batch_size):
+            keep_pictures(jobs, stage, state)
+            yield CascadeStep(tuple(seed for _, seed in jobs), stage, state)
 
-        def states(stage: int, low_res: Tensor, generators: list[torch.Generator]) -> Iterator[StepState]:
-            if stage == 3:
-                return self._upscaled(low_res, score, generators)
-            shared: dict[str, Any] = {"score": score, "generators": generators, "recipe": self.recipe}
-            shared |= {"size": self.sizes[stage - 1], "schedule": schedules[stage], **hooks[stage]}
-            if stage == 1:
-                return sample_stage1(models.unet_1, text, null, self.views, spans=self._spans, **shared)
-            shared["noise_level"] = request.noise_level
-            return sample_stage2(models.unet_2, low_res, text, null, self.views, **shared)
+    def joins(self, other: SamplingRun) -> bool:
+        """Whether pictures of both may be in one batch: what a batch shares is the same."""
+        return self is other or (self.models.fused is None and self._shared() == other._shared())
 
-        count = self.batch_size
-        batches = [tuple(self.seeds[start : start + count]) for start in range(0, len(self.seeds), count)]
-        # Where the networks cannot be in memory together, all batches pass one stage before the next is loaded.
-        together = models.keeps_all or len(self.sizes) == 1
-        for group in [[batch] for batch in batches] if together else [batches]:
-            # One generator per image serves all stages, as in the released code.
-            drawn = {batch: [torch.Generator("cpu").manual_seed(seed) for seed in batch] for batch in group}
-            made = dict.fromkeys(group, text)  # the stage before's pictures; stage I takes none
-            for stage in range(1, 1 + len(self.sizes)):
-                for batch in group:
-                    log.debug("stage %s, seeds %s", "I" * stage, batch)
-                    for state in states(stage, made[batch], drawn[batch]):
-                        if state.index + 1 == state.num_steps:
-                            made[batch] = state.x.clone()  # the state is the caller's, who may change it
-                        yield CascadeStep(batch, stage, state)
+    def _shared(self) -> list[Any]:
+        asked = self.request
+        same = [asked.recipe, asked.noise_level, asked.sizes, asked.upscale, asked.negative]
+        reduce = getattr(asked.views[0], "reduce", "mean")
+        return [self.models, *same, asked.given.about(), len(asked.views), reduce, *self.hooks.values()]
 
-    def _scorer(self, schedules: dict[int, Schedule]) -> Score:
+    def text(self) -> tuple[Tensor, Tensor]:
+        """The prompts' states (V, L, D), and those of what is to be avoided, (1 or V, L, D)."""
+        text, null = self.models.encode(self.request.prompts)
+        return text, null if self.request.negative is None else self.models.encode(self.request.negative)[0]
+
+    def scorer(self, schedules: dict[int, Schedule], prompts: Sequence[Any]) -> Score:
         """The noise-aware CLIP's; InputError for one that cannot score what the stages make."""
         clip, first = self.models.noise_clip, max(schedule.timesteps[0] for schedule in schedules.values())
         encoder = clip.image_encoder
@@ -143,9 +132,9 @@ class SamplingRun:
             found = f"noise-aware CLIP for {encoder.image_size} px and {encoder.n_timesteps} timesteps"
             wanted = f"{SCORER_SIZE} px and timesteps up to {first}: name another with noise_clip="
             raise InputError(f"{self.models.name} has a {found}, and needs {wanted}, or turn balancing off")
-        return clip.scorer(self.prompts)
+        return clip.scorer(prompts)
 
-    def _upscaled(
+    def upscaled(
         self, low_res: Tensor, score: Score | None, generators: list[torch.Generator]
     ) -> Iterator[LatentState]:
         models, upscale = self.models, self.request.upscale
@@ -158,3 +147,134 @@ class SamplingRun:
             encode=upscaler.encoder.latents if upscale.views == "all" else None, score=score,
             generators=generators, upscale=upscale, recipe=self.recipe, schedule=schedule, noise_levels=levels,
         )  # fmt: skip
+
+
+class EachView:
+    """In a batch of several runs' pictures each image's own view, at one of its places."""
+
+    def __init__(self, views: Sequence[View]) -> None:
+        self.views, self.reduce = views, views[0].reduce
+
+    def view(self, x: Tensor) -> Tensor:
+        return torch.stack([view.view(one) for view, one in zip(self.views, x, strict=True)])
+
+    def inverse_view(self, prediction: Tensor) -> Tensor:
+        return torch.stack([v.inverse_view(one) for v, one in zip(self.views, prediction, strict=True)])
+
+    def inverse_map(self, maps: Tensor) -> Tensor:
+        return torch.stack([view.inverse_map(one) for view, one in zip(self.views, maps, strict=True)])
+
+
+def sample_jobs(jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[Sequence[Job], int, StepState]]:
+    """The pictures of (run, seed) pairs, batch by batch: of one run, or of several that `joins` lets into one batch.
+
+    Yields a batch's pairs, the stage and what the step left behind.
+    """
+    if not jobs:
+        return
+    first, models = jobs[0][0], jobs[0][0].models
+    request, stages = first.request, range(1, 1 + len(first.sizes))
+    schedules = {stage: models.schedule(stage, request.recipe.num_inference_steps) for stage in stages[:2]}
+    texts = {run: run.text() for run in dict.fromkeys(run for run, _ in jobs)}
+    null = texts[first][1]
+
+    @cache
+    def shared(runs: tuple[SamplingRun, ...]) -> tuple[Tensor, Sequence[Any], Any, Score | None]:
+        """Text, views, spans and scorer: one run's, or each image's own."""
+        score = partial(first.scorer, schedules) if request.balances else lambda prompts: None
+        if len(runs) == 1:
+            return texts[runs[0]][0], runs[0].views, runs[0].spans, score(runs[0].prompts)
+        views = [EachView(column) for column in zip(*(run.views for run in runs), strict=True)]
+        spans = None if first.spans is None else [run.spans for run in runs]
+        text, prompts = [texts[run][0] for run in runs], [run.prompts for run in runs]
+        return torch.stack(text), views, spans, score(prompts)
+
+    def states(stage: int, batch: Sequence[Job]) -> Iterator[StepState]:
+        runs = tuple(run for run, _ in batch)
+        text, views, spans, score = shared(runs[:1] if len({*runs}) == 1 else runs)
+        generators = [drawn[job] for job in batch]
+        low_res = torch.stack([made[job] for job in batch]) if stage > 1 else text
+        if stage == 3:
+            return runs[0].upscaled(low_res, score, generators)
+        own: dict[str, Any] = {"score": score, "generators": generators, "recipe": request.recipe}
+        own |= {"size": request.sizes[stage - 1], "schedule": schedules[stage], "fused": models.fused}
+        own |= first.rules[stage] | request.given.arguments(stage, request.sizes[stage - 1], len(batch))
+        if "start" in own and own["start"][1] == 0:
+            return iter([_as_given(own["start"][0], schedules[stage].num_inference_steps, len(views))])
+        if stage == 1:
+            return sample_stage1(models.unet_1, text, null, views, spans=spans, **own)
+        own["noise_level"] = request.noise_level
+        return sample_stage2(models.unet_2, low_res, text, null, views, **own)
+
+    shared((first,))  # what is wrong with the scorer, or damaged, shows now, not when stage I is done
+    for stage in schedules:
+        models.check_unet(stage)
+    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+    # Where the networks cannot be in memory together, all batches pass one stage before the next is loaded.
+    together = models.keeps_all or len(stages) == 1
+    for group in [[batch] for batch in batches] if together else [batches]:
+        # One generator per image serves all stages, as in the released code.
+        drawn = {job: torch.Generator("cpu").manual_seed(job[1]) for batch in group for job in batch}
+        made: dict[Job, Tensor] = {}  # the stage before's pictures
+        for stage in stages:
+            parts = group
+            if stage == 3:  # which has one text for all its pictures
+                parts = [[*part] for batch in group for _, part in groupby(batch, key=lambda job: id(job[0]))]
+            for part in parts:
+                for state in states(stage, part):
+                    if state.index + 1 == state.num_steps:  # copies: the state is the caller's
+                        made |= zip(part, state.x.clone(), strict=True)
+                    yield part, stage, state
+
+
+class Joined:
+    """Requests of several threads at one cascade, in batches of up to `limit` pictures.
+
+    One thread samples at a time; what the others ask meanwhile waits, and is taken together where `joins` lets it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.sampling = limit, threading.Lock()
+        self.waiting: dict[Job, Future[None]] = {}
+
+    def make(self, run: SamplingRun) -> None:
+        own = {(run, seed): Future[None]() for seed in run.seeds}
+        self.waiting.update(own)
+        while not all(future.done() for future in own.values()):
+            with self.sampling:
+                if not all(future.done() for future in own.values()):
+                    waiting = list(self.waiting)  # to which others may add meanwhile
+                    taken = [job for job in waiting if waiting[0][0].joins(job[0])][: self.limit]
+                    self._make({job: self.waiting.pop(job) for job in taken})
+        for future in own.values():
+            future.result()
+
+    def _make(self, batch: dict[Job, Future[None]]) -> None:
+        try:
+            for step in sample_jobs(list(batch), self.limit):
+                keep_pictures(*step)
+        except BaseException as error:
+            if isinstance(error, Exception) and len({run for run, _ in batch}) > 1:
+                for job, future in batch.items():  # one request's error is no other's
+                    self._make({job: future})
+                return
+            for future in batch.values():
+                future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            for future in batch.values():
+                future.set_result(None)
+
+
+def keep_pictures(jobs: Sequence[Job], stage: int, state: StepState) -> None:
+    """If a stage is done, copies of its pictures on the CPU for their runs."""
+    if (pictures := picture_of(state)) is not None:
+        for (run, seed), picture in zip(jobs, pictures, strict=True):
+            run.made[run.sizes[stage - 1]][seed] = picture.detach().to("cpu", torch.float32, copy=True)
+
+
+def _as_given(pictures: Tensor, steps: int, views: int) -> StepState:
+    """The one state of a stage that is left out, whose pictures are given."""
+    weights = torch.full((len(pictures), views), 1 / views, dtype=torch.float32, device="cpu")
+    return StepState(steps - 1, 0, pictures.clone(), pictures.clone(), weights, weights.sum(1), None, steps)

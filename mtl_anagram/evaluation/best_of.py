@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from ..cascade import Cascade, SamplingRun
 from ..errors import MAX_SEED, InputError, whole_number
+from ..files.atomic import write_atomically
 from ..files.hub import Source
 from ..files.images import decode_png
-from ..files.outputs import Anagram, check_folder
-from ..generate import cascade_of, write_run
+from ..files.outputs import SCORES, Anagram, check_folder
+from ..generate import OnStep, cascade_of, write_run
 from ..models import NoiseCLIP
 from ..models.prompts import other_prompts, parse_concept
 from ..sampling.schedule import cosine_alpha_bar
@@ -51,6 +53,7 @@ def best_of(
     model: Cascade | Source | None = None,
     overwrite: bool = False,
     progress: bool = False,
+    on_step: OnStep | None = None,
     **options: Any,
 ) -> tuple[Anagram, list[Candidate]]:
     """The best of `count` anagrams of two readings or more, and all candidates, best first.
@@ -65,14 +68,17 @@ def best_of(
     folder, cascade = check_folder(save_dir), cascade_of(model, device)
     cascade.source("noise_clip")  # InputError where there is none
     run = cascade.sample(prompts, views, range(seed, seed + count), style=style, **options)
-    made = write_run(cascade, run.only(run.seeds, stages=1), folder / "candidates", overwrite, progress)
+    first, apart = run.only(run.seeds, stages=1), folder / "candidates"
+    made = write_run(cascade, first, apart, overwrite, progress, on_step)
     pictures = [decode_png(anagram.pictures[run.sizes[0]].read_bytes()) for anagram in made]
     scores, best = by_clip(run, torch.stack(pictures))
     rows = torch.stack([best, alignment(scores), concealment(scores, TEMPERATURE)], dim=1).tolist()
     found = [Candidate(anagram, *row) for anagram, row in zip(made, rows, strict=True)]
     candidates = sorted(found, key=lambda candidate: -candidate.score)
+    kept = {str(candidate.anagram.seed): candidate.score for candidate in candidates}
+    write_atomically(apart / SCORES, json.dumps(kept, indent=1).encode())
     winner = run.only([candidates[0].anagram.seed])
-    return write_run(cascade, winner, folder, overwrite, progress)[0], candidates
+    return write_run(cascade, winner, folder, overwrite, progress, on_step)[0], candidates
 
 
 @torch.no_grad()
@@ -86,9 +92,7 @@ def by_clip(run: SamplingRun, pictures: Tensor, temperature: float = TEMPERATURE
     texts = clip.embed_text([*run.prompts, *others])
     own = texts[: len(run.views)]
     for part in pictures.split(AT_ONCE):
-        seen = F.interpolate(part, (SCORER_SIZE, SCORER_SIZE), mode="bilinear", antialias=True).to(
-            texts.device
-        )
+        seen = F.interpolate(part, (SCORER_SIZE,) * 2, mode="bilinear", antialias=True).to(texts.device)
         scores.append(score_matrix(seen, run.views, lambda x: clip.embed_image(x, 0), own))
         looks.append(score_matrix(seen, run.views, lambda x: embed_finished(clip, x), texts))
     return torch.cat(scores).cpu(), anagram_score(torch.cat(looks), temperature).cpu()

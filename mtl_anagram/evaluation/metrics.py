@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import at_least_float32, float_tensor, number
-from ..sampling import to_views
 from ..views import View
 
 CLIP_TEMPERATURE = 0.01  # of the published CLIPs: 1 / exp(ln 100)
@@ -28,7 +28,7 @@ def score_matrix(
     such as `lambda x: clip.embed_image(x, 0)`; texts (V + K, D): the views' prompts, then K >= 0 other things.
     """
     float_tensor("texts", texts[: len(views)], (len(views), None), "(V + K, D): each view's, then others")
-    images = embed_image(to_views(pictures, views).flatten(0, 1))
+    images = embed_image(torch.stack([view.show(pictures) for view in views], dim=1).flatten(0, 1))
     float_tensor("embed_image's result", images, (len(pictures) * len(views), texts.shape[1]), "(B V, D)")
     images, words = (F.normalize(at_least_float32(x), dim=-1) for x in (images, texts))
     return images.unflatten(0, (len(pictures), len(views))) @ words.to(images).T

@@ -24,13 +24,14 @@ from tqdm import tqdm
 from ..cascade import Cascade, SamplingRun
 from ..errors import InputError, whole_number
 from ..files.atomic import write_atomically
+from ..files.checksums import combined_checksum
+from ..files.claims import Claims
 from ..files.hub import read_json
 from ..files.images import decode_png, save_picture
 from ..files.outputs import check_folder
 from ..files.shards import bytes_of
 from ..generate import request_of
 from ..models import Judge
-from ..models.checksums import combined_checksum
 from ..models.prompts import with_article
 from ..sampling import Recipe, to_views
 from ..views import get_views
@@ -121,7 +122,17 @@ def choose_pairs(names: Sequence[str], count: int | None = None, seed: int = 0) 
     return tuple(chosen)
 
 
-def evaluate(
+def evaluate(cascade: Cascade, protocol: Protocol, folder: str | Path, **options: Any) -> Json:
+    """Sample and measure every cell of a protocol that is not in the folder yet; returns the report.
+
+    Writes what `measure` does, whose options it takes, and FOLDER/report.json.
+    """
+    summary = report(measure(cascade, protocol, folder, **options), protocol.temperature)
+    write_atomically(Path(folder) / "report.json", (json.dumps(summary, indent=1) + "\n").encode())
+    return summary
+
+
+def measure(
     cascade: Cascade,
     protocol: Protocol,
     folder: str | Path,
@@ -129,12 +140,13 @@ def evaluate(
     judge: Judge | None = None,
     batch_size: int = 10,
     progress: bool = False,
-) -> Json:
-    """Sample and measure every cell of a protocol that is not in the folder yet; returns the report.
+) -> list[Json]:
+    """Every cell of a protocol, sampled and measured where it is not in the folder yet.
 
-    Writes FOLDER/cells/*.png (a cell's seeds side by side), *.json (what is measured of the file's 8 bits), and
-    FOLDER/report.json. judge: classifier that names readings, None = no such columns. The cascade's noise-aware CLIP
-    gives the others. Prompts are encoded cell by cell: give a cascade with a large text encoder a prompt_cache.
+    Writes FOLDER/cells/*.png (a cell's seeds side by side) and *.json (what is measured of the file's 8 bits), which
+    any number of processes may do together. judge: classifier that names readings, None = no such columns. The
+    cascade's noise-aware CLIP gives the others. Prompts are encoded cell by cell: give a cascade with a large text
+    encoder a prompt_cache.
     """
     out, cells = check_folder(folder), protocol.cells()
     cascade.source("noise_clip")  # InputError where there is none
@@ -145,15 +157,13 @@ def evaluate(
             protocol.run(cascade, *cell, batch_size)
     checksums = cascade.checksums()
     clip = {name: value for name, value in checksums.items() if name.startswith("noise_clip/")}
-    weights = judge and b"".join(
-        [json.dumps(judge.names).encode(), *map(bytes_of, judge.state_dict().values())]
-    )
+    weights = judge and [json.dumps(judge.names).encode(), *map(bytes_of, judge.state_dict().values())]
     measured_by = {
         "clip_sha256": combined_checksum(clip), "clip_concepts": list(cascade.clip_concepts),
-        "temperature": protocol.temperature, "judge_sha256": weights and hashlib.sha256(weights).hexdigest(),
+        "temperature": protocol.temperature, "judge_sha256": weights and hashlib.sha256(b"".join(weights)).hexdigest(),
     }  # fmt: skip
-    results = []
-    for recipe, view, names in tqdm(cells, unit="cell", disable=not progress, dynamic_ncols=True):
+    units: dict[str, tuple[SamplingRun, Path, Path, Json]] = {}
+    for recipe, view, names in cells:
         run = protocol.run(cascade, recipe, view, names, batch_size)
         # Without balancing a picture depends not on the CLIP, and at 64 px not on stage II.
         used = ("stage_1/", "stage_2/")[: len(run.sizes)] + ("noise_clip/",) * run.request.balances
@@ -165,16 +175,22 @@ def evaluate(
         words = str(out / "cells" / "-".join([recipe, view, *names]).replace(" ", "_").replace("/", "_"))
         picture = Path(f"{words}-{combined_checksum(request)[:12]}.png")
         path = Path(f"{words}-{combined_checksum(request | measured_by)[:12]}.json")
-        if not picture.is_file() and not path.is_file():
-            save_picture(picture, torch.cat(list(run.pictures[protocol.size]), dim=-1))
-        if not path.is_file():
+        units[path.stem] = run, picture, path, {"recipe_name": recipe, "request": request | measured_by}
+    with tqdm(total=len(units), unit="cell", disable=not progress, dynamic_ncols=True) as bar:
+
+        def done(name: str) -> bool:
+            return units[name][2].is_file()
+
+        for name in Claims(out / ".claims").share(list(units), done):
+            bar.update(sum(map(done, units)) - bar.n)
+            run, picture, path, content = units[name]
+            if not picture.is_file():
+                save_picture(picture, torch.cat(list(run.pictures[protocol.size]), dim=-1))
             samples = _measured(run, judge, decode_png(picture.read_bytes()), protocol.temperature)
-            content = {"recipe_name": recipe, "picture": picture.name, "request": request | measured_by}
-            write_atomically(path, (json.dumps({**content, "samples": samples}) + "\n").encode())
-        results.append(read_json(path))
-    summary = report(results, protocol.temperature)
-    write_atomically(out / "report.json", (json.dumps(summary, indent=1) + "\n").encode())
-    return summary
+            content |= {"picture": picture.name, "samples": samples}
+            write_atomically(path, (json.dumps(content) + "\n").encode())
+        bar.update(len(units) - bar.n)
+    return [read_json(path) for _, _, path, _ in units.values()]
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import secrets
-import time
 from pathlib import Path
 
 from ..errors import SourceError
@@ -20,17 +19,14 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise SourceError(
-            f"{path} cannot be written ({error}); make room, or choose another folder"
-        ) from error
+        raise SourceError(f"{path} cannot be written ({error}); make room, or name another folder") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
 
 
-def remove_leftovers(folder: Path, older: float = 0) -> None:
-    """Delete the unfinished neighbours, `older` seconds old, that a killed process left, where that is allowed."""
+def remove_leftovers(folder: Path) -> None:
+    """Delete the unfinished neighbours that a killed process left, where that is allowed."""
     for path in folder.glob(".*.part"):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime >= older:
-                path.unlink()
+            path.unlink()

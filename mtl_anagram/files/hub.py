@@ -39,9 +39,7 @@ class Folder:
             return None
         with open(path, "rb") as file:
             if file.read(len(POINTER)) == POINTER:
-                raise SourceError(
-                    f"{path} is a Git LFS pointer: run `git lfs pull`, or download the file again"
-                )
+                raise SourceError(f"{path} is a Git LFS pointer: run `git lfs pull`, or download it again")
         return path
 
     def listing(self) -> str:
@@ -51,18 +49,21 @@ class Folder:
 
 @dataclass
 class Repository:
-    """Files of a hub repository's subfolder, downloaded when asked for and cached by huggingface_hub."""
+    """Files of a hub repository's subfolder, downloaded when asked for (fetch) and cached by huggingface_hub."""
 
     repo_id: str
     subfolder: str
+    fetch: bool = True
 
     def __str__(self) -> str:
         return f"{self.repo_id}/{self.subfolder}".rstrip("/")
 
     def get(self, name: str) -> Path | None:
-        """The file's path in the hub's cache, or None where the repository has no such file."""
+        """The file's path in the hub's cache, or None where the repository (fetch=False: the cache) has none."""
         from huggingface_hub import errors, hf_hub_download
 
+        if not self.fetch:
+            return self.cached(name)
         with hub_errors(self.repo_id, name):
             try:
                 return Path(hf_hub_download(self.repo_id, name, subfolder=self.subfolder or None))
@@ -105,13 +106,11 @@ def hub_errors(repo_id: str, what: str) -> Iterator[None]:
         if not isinstance(error, OSError) and not kind.__module__.startswith(("http", "urllib3")):
             raise
         said = f"{kind.__name__}: {error}" if status is None else f"the hub answers {status}"
-        said += f"): {REMEDIES.get(kind.__name__) or REMEDIES.get(status, 'try again later')}"
-        raise SourceError(
-            f"{repo_id}: {what} cannot be fetched ({said}, or give a folder of the files"
-        ) from error
+        remedy = REMEDIES.get(kind.__name__) or REMEDIES.get(status, "try again later")
+        raise SourceError(f"{repo_id}: {what} cannot be had ({said}): {remedy}; or give a folder") from error
 
 
-def open_source(source: Source, subfolder: str | None, marker: str) -> Files:
+def open_source(source: Source, subfolder: str | None, marker: str, *, fetch: bool = True) -> Files:
     """Where `marker` (config.json, say) and its kin lie: source/subfolder, or source if that is the folder."""
     try:
         path, inner = Path(source).expanduser(), Path(source, subfolder or "").expanduser()
@@ -121,7 +120,7 @@ def open_source(source: Source, subfolder: str | None, marker: str) -> Files:
         if source and inner.is_dir():
             return Folder(inner)
         if isinstance(source, str) and REPO_ID.fullmatch(source) and not path.exists():
-            return Repository(source, subfolder or "")
+            return Repository(source, subfolder or "", fetch)
         said = "is a file" if path.is_file() else "is no folder on this machine and no hub id (owner/name)"
         said += "; check the path"
         if source and path.is_dir():
@@ -139,8 +138,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return {**json.loads(path.read_text(encoding="utf-8"))}  # TypeError where it is something else
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        said = "check its path, or download or write it again"
-        raise SourceError(f"{path} is no readable JSON object ({error}): {said}") from error
+        raise SourceError(
+            f"{path} is no readable JSON object ({error}): check its path, or download it again"
+        ) from error
 
 
 def read_config(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
@@ -152,8 +152,8 @@ def read_config(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
         raise type(error)(f"{path}: {error}; change it back, or download the file again") from error
 
 
-def require(files: Files, name: str) -> Path:
-    """The file's path, or a SourceError that says what is there."""
-    if (path := files.get(name)) is None:
-        raise SourceError(f"{files} has no {name}: {files.listing()}")
+def require(files: Files, *names: str, remedy: str = "") -> Path:
+    """The path of the first of these files that is there, or a SourceError that says what is there."""
+    if (path := next(filter(None, map(files.get, names)), None)) is None:
+        raise SourceError(f"{files} has no {' or '.join(names)}: {files.listing()}{remedy}")
     return path

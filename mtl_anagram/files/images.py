@@ -1,24 +1,23 @@
 """Pictures to files and back: 8-bit conversion, PNG, and all views side by side with their names."""
 
+from __future__ import annotations
+
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SourceError, float_tensor
 from .atomic import write_atomically
 from .shards import bytes_of
 
-
-class Shown(Protocol):
-    """What a strip needs of a view."""
-
-    name: str
-
-    def show(self, x: Tensor, /) -> Tensor: ...
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def to_uint8(picture: Tensor) -> Tensor:
@@ -26,36 +25,58 @@ def to_uint8(picture: Tensor) -> Tensor:
     return ((picture.detach().float().cpu() / 2 + 0.5) * 255 + 0.5).clamp(0, 255).to(torch.uint8)
 
 
-def views_strip(picture: Tensor, views: Sequence[Shown]) -> Tensor:
+def views_strip(picture: Tensor, views: Sequence[Any]) -> Tensor:
     """One picture (3, H, W) in [-1, 1] as each view shows it, in a row, with its name: (3, H + label, all widths)."""
     tiles = [view.show(picture).detach().float().cpu() for view in views]
     height = max(tile.shape[1] for tile in tiles)
     for i, (tile, view) in enumerate(zip(tiles, views, strict=True)):
-        below = _label(view.name, tile.shape[2], height - tile.shape[1], max(18, height // 10))
+        below = label(view.name, tile.shape[2], height - tile.shape[1], max(18, height // 10))
         tiles[i] = torch.cat([tile, below], dim=1)
     return torch.cat(tiles, dim=2)
 
 
-def encode_png(picture: Tensor) -> bytes:
-    """A picture (3, H, W) in [-1, 1] as the bytes of a PNG file."""
+def contact_sheet(pictures: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+    """Pictures (3, H, W) in [-1, 1] of one size, each with its name above, in about a square on white."""
+    _, height, width = pictures[0].shape
+    columns = math.ceil((len(pictures) * (height + 24) / (width + 8)) ** 0.5)
+    named = [torch.cat([label(name, width, 0, 20), x], 1) for x, name in zip(pictures, names, strict=True)]
+    tiles = [F.pad(tile, (4, 4, 0, 4), value=1) for tile in named]
+    tiles += [torch.ones_like(tiles[0])] * (-len(tiles) % columns)
+    return torch.cat([torch.cat(tiles[i : i + columns], 2) for i in range(0, len(tiles), columns)], dim=1)
+
+
+def as_image(picture: Tensor) -> Image.Image:
+    """A picture (3, H, W) in [-1, 1] as Pillow's."""
     from PIL import Image
 
     _, height, width = float_tensor("picture", picture, (3, None, None), "(3, H, W)").shape
-    pixels = to_uint8(picture).permute(1, 2, 0)  # (H, W, 3)
+    return Image.frombytes("RGB", (width, height), bytes_of(to_uint8(picture).permute(1, 2, 0)))
+
+
+def encode_png(picture: Tensor) -> bytes:
+    """A picture (3, H, W) in [-1, 1] as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    Image.frombytes("RGB", (width, height), bytes_of(pixels)).save(buffer, format="PNG")
+    as_image(picture).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def decode_png(content: bytes) -> Tensor:
     """The bytes of a picture file -> (3, H, W) float32 in [-1, 1]. Raises SourceError for anything else."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
-        image = Image.open(io.BytesIO(content)).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
     except OSError as error:  # PIL's own kind is one
         raise SourceError(f"{len(content)} bytes are no whole picture ({error}); make it again") from error
-    return _tensor(image.tobytes(), image.size)
+    return as_tensor(image)
+
+
+def read_picture(path: str | Path) -> Tensor:
+    """A picture file, turned as its camera says -> (3, H, W) float32 in [-1, 1]. Raises SourceError."""
+    try:
+        return decode_png(Path(path).expanduser().read_bytes())
+    except (OSError, TypeError, ValueError) as error:
+        raise SourceError(f"{str(path)!r} is no readable picture ({error}): check its path") from error
 
 
 def save_picture(path: str | Path, picture: Tensor) -> None:
@@ -63,13 +84,13 @@ def save_picture(path: str | Path, picture: Tensor) -> None:
     write_atomically(Path(path), encode_png(picture))
 
 
-def _tensor(content: bytes, size: tuple[int, int]) -> Tensor:
-    """RGB bytes of a picture of (width, height) -> (3, H, W) float32 in [-1, 1]."""
-    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(size[1], size[0], 3)
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+def as_tensor(image: Image.Image) -> Tensor:
+    """Pillow's RGB picture -> (3, H, W) float32 in [-1, 1]."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _label(name: str, width: int, above: int, height: int) -> Tensor:
+def label(name: str, width: int, above: int, height: int) -> Tensor:
     """(3, above + height, width): as much of the name as has room, black on white, below blank paper."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -84,4 +105,4 @@ def _label(name: str, width: int, above: int, height: int) -> Tensor:
     image = Image.new("RGB", (width, above + height), "white")
     place = ((width - font.getlength(shown)) // 2, above + height // 6)
     ImageDraw.Draw(image).text(place, shown, fill="black", font=font)
-    return _tensor(image.tobytes(), image.size)
+    return as_tensor(image)

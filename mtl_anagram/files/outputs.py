@@ -14,15 +14,20 @@ from torch import Tensor
 from ..errors import InputError, SourceError
 from .atomic import remove_leftovers, write_atomically
 from .hub import read_json
-from .images import Shown, encode_png, views_strip
+from .images import contact_sheet, decode_png, encode_png, views_strip
 
 METADATA = "metadata.json"
-OURS = re.compile(r"metadata\.json|sample_\d+(x\d+)?(\.views)?\.png")
+SCORES = "scores.json"  # best_of's, in the candidates' folder: scores by seed
+OURS = re.compile(r"metadata\.json|(start_from|reference|sample_\d+(x\d+)?(\.views)?)\.(png|gif|webp|mp4)")
 REPLACE = "choose another folder, or replace them: --overwrite in a shell, overwrite=True in Python"
 Request = dict[str, Any]  # JSON, read or to be written
 Normal = Callable[[Request], Request]
 Size = int | tuple[int, int]  # a square's side, or (height, width), in px
 Sizes = Sequence[Size]
+
+
+class DamagedError(InputError):
+    """A folder's metadata cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +74,38 @@ def clear(folder: Path) -> None:
                 path.unlink()
 
 
-def write_pictures(folder: Path, size: Size, picture: Tensor, views: Sequence[Shown]) -> None:
+def write_pictures(folder: Path, size: Size, picture: Tensor, views: Sequence[Any]) -> None:
     """One picture (3, H, W) in [-1, 1], and its views side by side."""
     remove_leftovers(folder)
     for name, shown in zip(picture_names(size), (picture, views_strip(picture, views)), strict=True):
         write_atomically(folder / name, encode_png(shown))
 
 
-def finish(
-    folder: Path, seed: int, request: Request, sizes: Sizes, about: Request, warnings: tuple[str, ...]
-) -> Anagram:
+def write_new(path: Path, content: bytes, overwrite: bool = False) -> bool:
+    """Write a file; True if it was there already. InputError where another is in its place, unless overwrite."""
+    if there := path.is_file() and path.read_bytes() == content:
+        return there
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} is there and is another; {REPLACE}")
+    write_atomically(path, content)
+    return False
+
+
+def finish(folder: Path, seed: int, asked: Request, sizes: Sizes, about: Request, said: list[str]) -> Anagram:
     """Write the seed's metadata, last of all: the request, the pictures' checksums, and `about`: what made them."""
     own = folder_of(folder, seed)
-    content = {"format": 1, "seed": seed, "sizes": list(sizes), "request": request}
+    content = {"format": 1, "seed": seed, "sizes": list(sizes), "request": asked}
     content |= {"pictures": _sums(own, sizes), **about}
     write_atomically(own / METADATA, (json.dumps(content, indent=1) + "\n").encode())
-    return Anagram(seed, own, {size: own / picture_names(size)[0] for size in sizes}, False, warnings)
+    return Anagram(seed, own, {size: own / picture_names(size)[0] for size in sizes}, False, tuple(said))
+
+
+def write_sheet(folder: Path, seeds: Sequence[int], size: Size) -> None:
+    """seeds.png: the views of all seeds' pictures of this size on one sheet, 400 seeds at most."""
+    strips = [folder_of(folder, seed) / picture_names(size)[1] for seed in seeds[:400]]
+    pictures = [decode_png(strip.read_bytes()) for strip in strips]
+    names = [f"seed {seed}" for seed in seeds[:400]]
+    write_atomically(folder / "seeds.png", encode_png(contact_sheet(pictures, names)))
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -108,14 +129,13 @@ def finished(
         old, new = normal(dict(content["request"])), normal(json.loads(json.dumps(request)))
         sums, recorded = dict(content["pictures"]), content["made_with"]["dtype"]
     except (SourceError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{own}: its {METADATA} cannot be read ({error!r}); {REPLACE}") from error
+        raise DamagedError(f"{own}: its {METADATA} cannot be read ({error!r}); {REPLACE}") from error
     # Stage III comes after the others and changes nothing in them: one request goes on where the other ends.
     extra = "stage_3" if ("stage_3" in old) != ("stage_3" in new) else None
     differs = [key for key in {**new, **old} if key != extra and old.get(key) != new.get(key)]
     if differs:
-        raise InputError(
-            f"{own} holds another request's pictures (different: {', '.join(differs)}); {REPLACE}"
-        )
+        said = f"holds another request's pictures (different: {', '.join(differs)})"
+        raise InputError(f"{own} {said}; {REPLACE}")
     if any(sums.get(name) != found for name, found in _sums(own, sizes).items()):
         return None
     remove_leftovers(own)

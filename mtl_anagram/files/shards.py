@@ -22,8 +22,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         with torch.device("cpu"), torch.inference_mode(False), safe_open(path, "pt", device="cpu") as file:
             yield file
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        remedy = "delete it and download it again"
-        raise SourceError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
+        raise SourceError(f"{path} is not a whole safetensors file ({error}); download it again") from error
 
 
 def read_safetensors(path: Path, *names: str) -> dict[str, Tensor]:
@@ -51,9 +50,7 @@ class Shards(dict[str, Tensor]):
                 if name in self:
                     one, other = self.fresh(name), read_safetensors(path, key)[key]
                     if one.dtype != other.dtype or not torch.equal(one, other):
-                        raise WeightsError(
-                            f"{path}: {name} a second time, with other values; download it again"
-                        )
+                        raise WeightsError(f"{path}: {name} a second time, with other values: get it again")
                 if name not in ignored:
                     self[name], self._places[name] = tensor, (path, key)
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from ..errors import InputError, choice
+
+WIDTH_MULTIPLE = 8  # of a head, as fused kernels on a GPU want it
 
 
 def attention(
@@ -46,14 +51,29 @@ def attention_with_columns(
     """The same attention and, explicit and differentiable, T columns of its softmax, (B, N, Q, T) float32.
 
     columns (B, L, T): for row b and asked column t, 1 at one of the first L keys (text comes first) and else 0.
-    As in a fused kernel the softmax is taken in float32 and its result is in q's dtype.
+    The softmax (B, N, Q, S) is never there as a whole, neither here nor in the gradient.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    probabilities = ((q * scale) @ k.transpose(-1, -2)).softmax(dim=-1)  # (B, N, Q, S)
-    # A column is what attention makes of values that are 1 at its key: one product gives both, and one gradient.
-    values = F.pad(columns.to(v.dtype), (0, 0, 0, k.shape[2] - columns.shape[1]))  # (B, S, T)
-    both = probabilities @ torch.cat([v, values[:, None].expand(-1, v.shape[1], -1, -1)], dim=-1)
-    return both[..., : v.shape[-1]], both[..., v.shape[-1] :].float()
+    # A column is what attention makes of values that are 1 at its key: torch's fused kernel gives it beside the output.
+    # The kernel wants queries, keys and values of one width; zeros add nothing to a product.
+    more = columns.shape[-1] + -(q.shape[-1] + columns.shape[-1]) % WIDTH_MULTIPLE
+    ones = F.pad(columns.to(v.dtype), (0, more - columns.shape[-1], 0, k.shape[2] - columns.shape[1]))
+    values = torch.cat([v, ones[:, None].expand(-1, v.shape[1], -1, -1)], dim=-1)  # (B, N, S, d + more)
+    both = attention(F.pad(q, (0, more)), F.pad(k, (0, more)), values, scale=scale)
+    return both[..., : v.shape[-1]], both[..., v.shape[-1] :][..., : columns.shape[-1]].float()
+
+
+def columns_by(name: str, device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What computes `attention_with_columns` on a device: "fused", that itself; "triton", a kernel for CUDA."""
+    if choice("token_maps", name, ("fused", "triton")) == "fused":
+        return attention_with_columns
+    try:
+        from . import triton_attention
+    except ImportError:
+        raise InputError('token_maps="triton" needs the package triton: install it, or use "fused"') from None
+    if triton_attention.needs_cuda and device.type != "cuda":
+        raise InputError(f'token_maps="triton" needs a CUDA device, not {device}: use "fused"')
+    return triton_attention.attention_with_columns
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:

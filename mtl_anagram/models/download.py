@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..errors import CapacityError, InputError, SourceError
+from ..errors import CapacityError, InputError
 from ..files.atomic import write_atomically
 from ..files.hub import Folder, Repository, Source, hub_errors, open_source
 from . import glide
-from .checksums import weight_paths
 from .loading import index_names
 from .planning import TOO_LARGE, Plan, human_bytes
-from .releases import NETWORKS, PARTS, SMALL_FILES, T5_FILE, T5_JSON
+from .releases import NETWORKS, PARTS, SMALL_FILES, T5_FILE, T5_JSON, weight_paths
 
 
 def download(
@@ -32,23 +31,18 @@ def download(
     """
     from huggingface_hub import constants, snapshot_download
 
-    folder, about = (
-        None if to is None else Path(to).expanduser(),
-        {"name": plan.name, "variants": dict(variants)},
-    )
+    folder, clip = None if to is None else Path(to).expanduser(), glide.is_glide(sources.get("noise_clip"))
     given = {part: s for part, s in sources.items() if s is not None and not glide.is_glide(s)}
     opened = {part: open_source(source, None, "config.json") for part, source in given.items()}
     remote = {part: files.repo_id for part, files in opened.items() if isinstance(files, Repository)}
-    clip = glide.is_glide(sources.get("noise_clip"))
     if not remote and not clip:
         return {}
     if folder is not None:
         own = [f"{part} is the folder {given[part]}" for part in given if part not in remote]
         if own or folder.is_file():
             remedy = "name another, or hub ids for all parts, or leave it out"
-            raise InputError(
-                f"to={to!r} is to gather what comes from the hub, but {[*own, 'it is a file'][0]}: {remedy}"
-            )
+            said = f"is to gather what comes from the hub, but {[*own, 'it is a file'][0]}"
+            raise InputError(f"to={to!r} {said}: {remedy}")
         glide.refuse_offline(f"{folder} is filled from the hub")
         sources = {part: folder / part for part, source in sources.items() if source is not None}
     if not constants.HF_HUB_OFFLINE:
@@ -66,14 +60,9 @@ def download(
         if clip:
             glide.fetch_glide(clip_folder)
     if folder is not None:
+        about = {"name": plan.name, "variants": dict(variants)}
         write_atomically(folder / "cascade.json", (json.dumps(about, indent=1) + "\n").encode())
-    found = weight_paths(sources, variants, PARTS)
-    for part, repo_id in remote.items():
-        lacking = [n for n, required in SMALL_FILES[part].items() if required and f"{part}/{n}" not in found]
-        if lacking and f"{part}/{T5_JSON}" not in found:
-            names = ", ".join(lacking)
-            raise SourceError(f"{repo_id}: {names} is not there: unset HF_HUB_OFFLINE once, or name another")
-    return found
+    return weight_paths(sources, variants, PARTS)
 
 
 def _wanted(repo_id: str, part: str, variant: str | None) -> dict[str, int]:
@@ -84,7 +73,7 @@ def _wanted(repo_id: str, part: str, variant: str | None) -> dict[str, int]:
         listed = HfApi().model_info(repo_id, files_metadata=True).siblings or []
     sizes = {entry.rfilename: entry.size or 0 for entry in listed}
     patterns = [*SMALL_FILES[part], *([T5_JSON] if T5_FILE in {*SMALL_FILES[part]} - {*sizes} else [])]
-    patterns += [*(f"{tower}.*" for tower in glide.TOWERS), *glide.MERGES] if part == "noise_clip" else []
+    patterns += [name for names in glide.CLIP_FILES for name in names] if part == "noise_clip" else []
     for network in (network for network in NETWORKS if network.part == part and network.base):
         dot = "" if variant is None else f".{variant}"
         weights = [f"{network.base}{dot}{shard}.safetensors" for shard in ("", "-*-of-*")]
@@ -109,15 +98,13 @@ def _check_room(
     if clip is not None:
         towers = [name.removesuffix(".pt") for name in glide.missing(clip)]
         demands.append((clip, sum(4 * glide.PARAMETERS.get(tower, 0) for tower in towers)))
-    disks: dict[int, tuple[Path, int]] = {}
+    disks: dict[int, tuple[Path, int]] = {}  # by device a place on it, and what is needed
     for place, count in demands:
         there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
-        _, before = disks.get(there.stat().st_dev, (there, 0))
+        before = disks.get(there.stat().st_dev, (there, 0))[1]
         disks[there.stat().st_dev] = there, before + max(0, count)
     for place, needed in disks.values():
-        free = shutil.disk_usage(place).free
-        if needed > free:
-            raise CapacityError(
-                f"the disk of {place} has {free:,} bytes free and the files that are missing need {needed:,}: make "
-                "room, or choose another place with --to (or HF_HOME for the hub's cache)"
-            )
+        if needed > (free := shutil.disk_usage(place).free):
+            said = f"has {free:,} bytes free and the files that are missing need {needed:,}"
+            remedy = "make room, or choose another place with --to (or HF_HOME for the hub's cache)"
+            raise CapacityError(f"the disk of {place} {said}: {remedy}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,15 @@ from torch import Tensor
 
 from ..errors import SourceError
 from ..files.atomic import write_atomically
-from ..files.hub import Files, Folder, Repository, Source, open_source
+from ..files.hub import Files, Folder, Repository, Source, open_source, require
 
 GLIDE = "glide"  # the source that means the published files
 URL = "https://openaipublic.blob.core.windows.net/diffusion/dec-2021/{}.pt"
 PARAMETERS = {"clip_image_enc": 86_443_776, "clip_text_enc": 71_679_488}
-TOWERS = tuple(PARAMETERS)
 MERGES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt")
 # Its files, each by the names that it may have.
-CLIP_FILES = (*((f"{tower}.safetensors", f"{tower}.pt") for tower in TOWERS), MERGES)
-FILES = (*(f"{tower}.pt" for tower in TOWERS), MERGES[0])  # what is kept of it
+CLIP_FILES = (*((f"{tower}.safetensors", f"{tower}.pt") for tower in PARAMETERS), MERGES)
+FILES = (*(f"{tower}.pt" for tower in PARAMETERS), MERGES[0])  # what is kept of it
 # CLIP's byte-pair merges, which GLIDE's code carries along; the upscaler's tokenizer has the same ones.
 MERGES_FROM = Repository("stabilityai/stable-diffusion-x4-upscaler", "tokenizer")
 
@@ -39,16 +37,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MTL_ANAGRAM_CACHE") or f"{base}/mtl_anagram").expanduser() / "noise_clip"
 
 
-def open_noise_clip(source: Source, subfolder: str | None = None) -> Files:
-    """The files of a noise-aware CLIP, downloaded first if the source is GLIDE's own."""
+def open_noise_clip(source: Source, subfolder: str | None = None, *, fetch: bool = True) -> Files:
+    """The files of a noise-aware CLIP, downloaded first (fetch) if the source is GLIDE's own."""
     if is_glide(source):
-        return Folder(fetch_glide(cache_folder()))
-    return open_source(source, subfolder, "clip_image_enc.safetensors")
+        return Folder(fetch_glide(cache_folder()) if fetch else cache_folder())
+    return open_source(source, subfolder, CLIP_FILES[0][0], fetch=fetch)
 
 
-def first_of(files: Files, names: Iterable[str]) -> Path | None:
-    """The first of some files that is there."""
-    return next(filter(None, map(files.get, names)), None)
+def clip_files(files: Files, merges: Source | None = None) -> list[Path]:
+    """The picture tower, the text tower and the merges (or those named); SourceError where one is missing."""
+    towers = [require(files, *names) for names in CLIP_FILES[:2]]
+    return [*towers, Path(merges) if merges is not None else require(files, *MERGES)]
 
 
 def missing(folder: Path) -> list[str]:
@@ -62,12 +61,10 @@ def fetch_glide(folder: Path, *, progress: bool | None = None) -> Path:
     if lacking:
         refuse_offline(f"GLIDE's noise-aware CLIP ({', '.join(lacking)}) is not in {folder}")
     for name in lacking:
-        if name != MERGES[0]:
-            _download(folder / name, sys.stderr.isatty() if progress is None else progress)
-        elif (path := MERGES_FROM.get(name)) is not None:
-            write_atomically(folder / name, path.read_bytes())
+        if name == MERGES[0]:
+            write_atomically(folder / name, require(MERGES_FROM, name).read_bytes())
         else:
-            raise SourceError(f"{MERGES_FROM} has no {name}; put CLIP's {MERGES[1]} there as {folder / name}")
+            _download(folder / name, sys.stderr.isatty() if progress is None else progress)
     return folder
 
 
@@ -76,9 +73,8 @@ def refuse_offline(what: str) -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise SourceError(
-            f"{what}, and HF_HUB_OFFLINE is set: unset it once to download, or give a folder that holds the files"
-        )
+        remedy = "unset it once to download, or give a folder that holds the files"
+        raise SourceError(f"{what}, and HF_HUB_OFFLINE is set: {remedy}")
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -90,10 +86,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever the bytes lead it to, with advice not to be followed
         state = type(error).__name__
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise SourceError(
-            f"{path} is no flat state dict of tensors that torch's weights-only unpickler reads "
-            f"({state if isinstance(state, str) else type(state).__name__}); download it again"
-        )
+        found = state if isinstance(state, str) else type(state).__name__
+        said = f"is no flat state dict of tensors that torch's weights-only unpickler reads ({found})"
+        raise SourceError(f"{path} {said}; download it again")
     return state
 
 
@@ -107,9 +102,7 @@ def _download(path: Path, progress: bool) -> None:
             raise SourceError("it is cut off or damaged")
         os.replace(part, path)
     except OSError as error:  # the server's answer, no connection, no room on the disk, damage
-        raise SourceError(
-            f"{url} could not be fetched into {path.parent} ({error}); try again later, or give a folder that holds "
-            f"{path.name}"
-        ) from error
+        remedy = f"try again later, or give a folder that holds {path.name}"
+        raise SourceError(f"{url} could not be fetched into {path.parent} ({error}); {remedy}") from error
     finally:
         part.unlink(missing_ok=True)

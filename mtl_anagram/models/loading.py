@@ -20,7 +20,7 @@ from ..errors import ConfigError, InputError, SourceError, WeightsError, flag, r
 from ..files.hub import Files, Source, open_source, read_config, read_json, require
 from ..files.shards import Shards, read_safetensors
 from .configs import Config, UNetConfig
-from .glide import CLIP_FILES, first_of, open_noise_clip, read_pickle
+from .glide import clip_files, open_noise_clip, read_pickle
 from .judge import Judge
 from .noise_clip import NoiseCLIP, image_encoder_from, text_encoder_from
 from .t5 import T5Config, T5Encoder
@@ -105,25 +105,18 @@ def load_noise_clip(
     (CLIP's own), or the file that `merges` names.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
-    files = open_noise_clip(source, subfolder)
-
-    def there(names: tuple[str, ...]) -> Path:
-        if (path := first_of(files, names)) is None:
-            raise SourceError(
-                f"{files} has none of {', '.join(names)}: {files.listing()}; put one of them there"
-            )
-        return path
+    image, text, pairs = clip_files(open_noise_clip(source, subfolder), merges)
 
     def tower(path: Path, build: Callable[[Mapping[str, Tensor]], M]) -> M:
         state = read_pickle(path) if path.suffix == ".pt" else read_safetensors(path)
         try:
             return assemble(lambda: build(state), state, dtype=dtype, device=device, one_dtype=True)
-        except InputError as error:
-            raise WeightsError(f"{path}: {error}; take the file from a whole release") from error
+        except (InputError, KeyError, ValueError) as error:  # a tensor that is not there, or of another shape
+            raise WeightsError(
+                f"{path} is no such tower ({error}): take the file from a whole release"
+            ) from error
 
-    image, text, own = CLIP_FILES
-    towers = tower(there(image), image_encoder_from), tower(there(text), text_encoder_from)
-    return NoiseCLIP(*towers, CLIPTokenizer(Path(merges or there(own))))
+    return NoiseCLIP(tower(image, image_encoder_from), tower(text, text_encoder_from), CLIPTokenizer(pairs))
 
 
 def load_judge(
@@ -152,18 +145,14 @@ def weight_files(files: Files, base: str, variant: Name) -> list[Path]:
     if variant is not None and (not isinstance(variant, str) or not variant.isidentifier()):
         raise InputError(f"variant={variant!r} must be a word such as 'fp16', or None")
     whole = f"{base}.safetensors" if variant is None else f"{base}.{variant}.safetensors"
-    if (path := files.get(whole)) is not None:
+    remedy = "; a pickled .bin is not read: convert it; or leave variant out, for the files without one"
+    path = require(files, whole, *index_names(base, variant), remedy=remedy)
+    if path.name == whole:
         return [path]
-    index = first_of(files, index_names(base, variant))
-    if index is None:
-        raise SourceError(
-            f"{files} has no {whole} and no index of its shards (a pickled .bin is not read): {files.listing()}; "
-            "leave variant out for the files without one, or convert the weights to safetensors"
-        )
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else set()
     if not shards or any(Path(shard).name != shard for shard in shards):
-        raise SourceError(f"{index} has no weight_map of plain file names, the shards'; download it again")
+        raise SourceError(f"{path} has no weight_map of plain file names, the shards'; download it again")
     return [require(files, shard) for shard in sorted(shards)]
 
 

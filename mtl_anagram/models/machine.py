@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +22,6 @@ class Memory(NamedTuple):
     free: int
 
 
-def free_memory(device: torch.device) -> int | None:
-    return found.free if (found := memory_of(device)) else None
-
-
 def memory_of(device: torch.device) -> Memory | None:
     """A card's memory, what Metal recommends, or the machine's; a container's limit where that is lower."""
     if device.type == "cuda":
@@ -33,14 +30,13 @@ def memory_of(device: torch.device) -> Memory | None:
     if device.type == "mps":
         total = torch.mps.recommended_max_memory()
         return Memory(total, max(0, total - torch.mps.driver_allocated_memory()))
-    found = _system()
-    for limit_file, used_file in CONTROL_GROUPS if found else ():
-        try:
-            limit, used = int(Path(limit_file).read_text()), int(Path(used_file).read_text())
-        except (OSError, ValueError):  # no such file; "max" means no limit
-            continue
-        if found is not None and limit < found.total:
-            found = Memory(limit, min(found.free, max(0, limit - used)))
+    if (found := _system()) is None:
+        return None
+    for files in CONTROL_GROUPS:
+        with suppress(OSError, ValueError):  # no such file; "max" means no limit
+            limit, used = (int(Path(file).read_text()) for file in files)
+            if limit < found.total:
+                found = Memory(limit, min(found.free, max(0, limit - used)))
     return found
 
 
@@ -49,8 +45,7 @@ def _system() -> Memory | None:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # no POSIX system
         return None
-    try:  # Linux tells besides what new work can have without swapping
+    with suppress(OSError, IndexError):  # Linux tells besides what new work can have without swapping
         available = re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         return Memory(total, 1024 * int(available[0]))
-    except (OSError, IndexError):
-        return Memory(total, total)
+    return Memory(total, total)

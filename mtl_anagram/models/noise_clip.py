@@ -9,13 +9,14 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import InputError, WeightsError, float_tensor, whole_number
+from ..errors import InputError, float_tensor, whole_number
 from .attention import multi_head, random_weight
 from .tokenizers import CLIPTokenizer
 
@@ -38,9 +39,7 @@ class NoiseCLIP(nn.Module):
                 f"take all parts from one release: pictures embed in {sizes[0]} numbers, texts in {sizes[1]}; the "
                 f"tokenizer has {tokenizer.vocab_size} tokens, the text tower {text_encoder.vocab}"
             )
-        self.image_encoder = image_encoder
-        self.text_encoder = text_encoder
-        self.tokenizer = tokenizer
+        self.image_encoder, self.text_encoder, self.tokenizer = image_encoder, text_encoder, tokenizer
 
     def embed_image(self, pictures: Tensor, t: int | Tensor) -> Tensor:
         """pictures (R, 3, S, S), x_t: [-1, 1] plus noise, at timestep t -> unit vectors (R, D) float32.
@@ -59,23 +58,23 @@ class NoiseCLIP(nn.Module):
             raise InputError(f"texts={texts!r} must be a list of at least one str")
         encoded = [self.tokenizer.encode(text, context=self.text_encoder.context) for text in texts]
         device = next(self.text_encoder.parameters()).device
-        ids, lengths = (
-            torch.tensor(part, dtype=torch.int64, device=device) for part in zip(*encoded, strict=True)
-        )
+        ids, lengths = (torch.tensor(part, device=device) for part in zip(*encoded, strict=True))
         return self.text_encoder(ids, lengths)
 
-    def scorer(self, prompts: Sequence[str]) -> Callable[[Tensor, int | Tensor], Tensor]:
+    def scorer(self, prompts: Sequence[str | Sequence[str]]) -> Callable[[Tensor, int | Tensor], Tensor]:
         """A function score(pictures (B, V, 3, S, S), t) -> (B, V) float32: view v's cosine with prompt v.
 
-        The V prompts are embedded here, once. The pictures are the viewed x_t, t an int or (B,) long; the score
-        is differentiable in them. Raises InputError for another V, another size or a t that the model does not know.
+        The V prompts, or B lists of V, one for each image, are embedded here, once. The pictures are the viewed x_t, t
+        an int or (B,) long; the score is differentiable in them. Raises InputError for another B or V, another size or
+        a t that the model does not know.
         """
+        each: Sequence[Any] = [prompts] if isinstance(prompts[0], str) else prompts
         with torch.no_grad():
-            texts = self.embed_text(prompts)  # (V, D)
+            texts = torch.stack([self.embed_text(own) for own in each])  # (1 or B, V, D)
 
         def score(pictures: Tensor, t: int | Tensor) -> Tensor:
             size = self.image_encoder.image_size
-            shape = (None, len(texts), 3, size, size)
+            shape = (None if len(each) == 1 else len(each), texts.shape[1], 3, size, size)
             float_tensor("pictures", pictures, shape, "(B, V, 3, S, S), one view per prompt of the scorer")
             batch, views = pictures.shape[:2]
             if isinstance(t, Tensor) and t.ndim == 1 and len(t) == batch:
@@ -99,7 +98,7 @@ class Tower(nn.Module):
             )
         self.embedding = embedding
         blocks = {f"block_{i}": Block(width, layers, causal=causal) for i in range(layers)}
-        exit_ = _sequence(ln=LayerNorm(width), f=Linear(width, embedding, bias=False))
+        exit_ = nn.Sequential(OrderedDict(ln=LayerNorm(width), f=Linear(width, embedding, bias=False)))
         self.blocks = nn.ModuleDict({"input": entry, **blocks, "output": exit_})
 
     def states(self, *inputs: Tensor) -> Tensor:
@@ -162,9 +161,9 @@ class PictureInput(nn.Module):
         self.ln = LayerNorm(width)
 
     def forward(self, pictures: Tensor, t: Tensor) -> Tensor:
-        moments = torch.tensor([PIXEL_MEAN, PIXEL_STD], dtype=torch.float32, device=pictures.device)
-        mean, std = moments[:, :, None, None]
-        pixels = (((pictures.float() + 1) * 127.5 - mean) / std).to(self.patch_proj.dtype)
+        colours = zip(pictures.float().unbind(1), PIXEL_MEAN, PIXEL_STD, strict=True)
+        pixels = torch.stack([((plane + 1) * 127.5 - mean) / std for plane, mean, std in colours], dim=1)
+        pixels = pixels.to(self.patch_proj.dtype)
         patches = F.conv2d(pixels, self.patch_proj, stride=self.patch_proj.shape[-1])
         x = torch.cat([self.w_t[t][:, None], rearrange(patches, "r d h w -> r (h w) d")], dim=1)
         return self.ln(x + self.w_pos)
@@ -192,7 +191,7 @@ class Block(nn.Module):
         out = Linear(width, width, gain=gain)
         self.f_attn = nn.ModuleDict({"ln": LayerNorm(width), "f_q": q, "f_k": k, "f_v": v, "f_c": out})
         inner, back = Linear(width, 4 * width), Linear(4 * width, width, gain=gain)
-        self.f_mlp = _sequence(ln=LayerNorm(width), f_1=inner, gelu=nn.GELU(), f_2=back)
+        self.f_mlp = nn.Sequential(OrderedDict(ln=LayerNorm(width), f_1=inner, gelu=nn.GELU(), f_2=back))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.f_attn["ln"](x)
@@ -226,47 +225,31 @@ class LayerNorm(nn.Module):
 
 
 def image_encoder_from(state: Mapping[str, Tensor]) -> ImageEncoder:
-    """The picture tower that a state dict's shapes describe; InputError where they describe none."""
-    (n_timesteps, _), (*_, patch) = _shape(state, "input.w_t", 2), _shape(state, "input.patch_proj", 4)
-    side = math.isqrt(max(_shape(state, "input.w_pos", 2)[0] - 1, 0))
-    return ImageEncoder(
-        image_size=side * patch, patch_size=patch, n_timesteps=n_timesteps, **_sizes(state, "input.w_t")
-    )
+    """The picture tower that a state dict's shapes describe; InputError, KeyError or ValueError where they do not."""
+    times, patches, places = (state[f"blocks.input.{name}"] for name in ("w_t", "patch_proj", "w_pos"))
+    patch, side = patches.shape[3], math.isqrt(max(len(places) - 1, 0))
+    (n_timesteps, _), sizes = times.shape, _sizes(state, "w_t")
+    return ImageEncoder(image_size=side * patch, patch_size=patch, n_timesteps=n_timesteps, **sizes)
 
 
 def text_encoder_from(state: Mapping[str, Tensor]) -> TextEncoder:
-    """The text tower that a state dict's shapes describe; InputError where they describe none."""
-    vocab, context = (_shape(state, name, 2)[0] for name in ("input.w_voc", "input.w_pos"))
-    return TextEncoder(vocab=vocab, context=context, **_sizes(state, "input.w_voc"))
+    """The text tower that a state dict's shapes describe; errors as above."""
+    vocab, context = (len(state[f"blocks.input.{name}"]) for name in ("w_voc", "w_pos"))
+    return TextEncoder(vocab=vocab, context=context, **_sizes(state, "w_voc"))
 
 
 def _sizes(state: Mapping[str, Tensor], table: str) -> dict[str, int]:
     layers = {m[1] for m in (re.match(r"blocks\.block_(\d+)\.", name) for name in state) if m}
-    width, embedding = _shape(state, table, 2)[1], _shape(state, "output.f.w", 2)[0]
+    (_, width), (embedding, _) = state[f"blocks.input.{table}"].shape, state["blocks.output.f.w"].shape
     return {"width": width, "layers": len(layers), "embedding": embedding}
-
-
-def _shape(state: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
-    tensor = state.get(f"blocks.{name}")
-    if tensor is None or tensor.ndim != ndim:
-        said = "is missing: this is not that tower of GLIDE's CLIP"
-        raise WeightsError(f"blocks.{name}, of {ndim} dimensions, {said}")
-    return tuple(tensor.shape)
-
-
-def _sequence(**parts: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(parts))
 
 
 def _timesteps(t: int | Tensor, limit: int, pictures: Tensor) -> Tensor:
     """t as (R,) long on the pictures' device, checked where that takes no reading back from another device."""
     rows = len(pictures)
-    if not isinstance(t, Tensor):
-        whole_number("t", t, 0, limit - 1)
-    else:
-        outside = t.device.type == "cpu" and not ((t >= 0) & (t < limit)).all()
-        if outside or t.is_floating_point() or t.shape not in ((), (rows,)):
-            raise InputError(
-                f"t={t}: give a timestep from 0 to {limit - 1}, one or {rows}, one for each picture"
-            )
+    if not isinstance(t, Tensor):  # filled in: a copy from the host would hold a GPU up
+        t = torch.full((), whole_number("t", t, 0, limit - 1), dtype=torch.int64, device=pictures.device)
+    outside = t.device.type == "cpu" and not ((t >= 0) & (t < limit)).all()
+    if outside or t.is_floating_point() or t.shape not in ((), (rows,)):
+        raise InputError(f"t={t}: give a timestep from 0 to {limit - 1}, one or {rows}, one for each picture")
     return torch.as_tensor(t, dtype=torch.int64, device=pictures.device).expand(rows)

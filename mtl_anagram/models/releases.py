@@ -1,15 +1,18 @@
 """Which networks a cascade has, where their files lie, and what a release's name or a folder stands for."""
 
 import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import SourceError, read_fields
-from ..files.hub import Repository, Source, open_source, read_config
-from .glide import GLIDE, PARAMETERS
+from ..files.hub import Folder, Repository, Source, open_source, read_config, require
+from .glide import GLIDE, PARAMETERS, clip_files, open_noise_clip
+from .loading import TEXT_BASE, UNET_BASE, weight_files
 
 PARTS = ("stage_1", "stage_2", "stage_3", "noise_clip")
+UP_TO_STAGE_2 = ("stage_1", "stage_2", "noise_clip")  # the parts that pictures up to there depend on
 FULL_ONLY = ("stage_3",)  # published in one precision: no variant
 NONE = "none"  # in the place of a source: leave this part out
 # The published code of the method runs in half precision, and the fp16 files are half of the bytes.
@@ -30,14 +33,13 @@ class Network(NamedTuple):
 
 
 STAGES = ("text", "stage I", "stage II", "text III", "stage III")
-BASE = "diffusion_pytorch_model"
 NETWORKS = (
-    Network("text_encoder", "stage_1", "text_encoder", "model", ("text",)),
-    Network("unet_1", "stage_1", "unet", BASE, ("stage I",)),
-    Network("unet_2", "stage_2", "unet", BASE, ("stage II",)),
-    Network("text_encoder_3", "stage_3", "text_encoder", "model", ("text III",)),
-    Network("unet_3", "stage_3", "unet", BASE, ("stage III",)),
-    Network("autoencoder_3", "stage_3", "vae", BASE, ("stage III",)),
+    Network("text_encoder", "stage_1", "text_encoder", TEXT_BASE, ("text",)),
+    Network("unet_1", "stage_1", "unet", UNET_BASE, ("stage I",)),
+    Network("unet_2", "stage_2", "unet", UNET_BASE, ("stage II",)),
+    Network("text_encoder_3", "stage_3", "text_encoder", TEXT_BASE, ("text III",)),
+    Network("unet_3", "stage_3", "unet", UNET_BASE, ("stage III",)),
+    Network("autoencoder_3", "stage_3", "vae", UNET_BASE, ("stage III",)),
     Network("noise_clip", "noise_clip", "", "", STAGES[1:]),
 )
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -142,14 +144,12 @@ def _own_parts(source: Source) -> tuple[dict[str, Source], dict[str, Any]]:
         return {"stage_1": source}, {}
     found: dict[str, Source] = {part: files.path / part for part in PARTS if (files.path / part).is_dir()}
     if "stage_1" in found:
-        about = {"name": files.path.name}
         path = files.path / "cascade.json"
-        return found, about | (read_config(path, _about) if path.is_file() else {})
+        return found, {"name": files.path.name} | (read_config(path, _about) if path.is_file() else {})
     if (files.path / "unet").is_dir():
         return {"stage_1": files.path}, {}
-    raise SourceError(
-        f"{files} is no cascade: it has neither stage_1/ nor unet/ ({files.listing()}); give a release's folder"
-    )
+    said = f"it has neither stage_1/ nor unet/ ({files.listing()})"
+    raise SourceError(f"{files} is no cascade: {said}; give a release's folder")
 
 
 def _about(content: dict[str, Any]) -> dict[str, Any]:
@@ -160,3 +160,48 @@ def _about(content: dict[str, Any]) -> dict[str, Any]:
     variants = {f"variants.{part}": value for part, value in about.get("variants", {}).items()}
     read_fields(variants, owner="a cascade", read=dict.fromkeys(variants, str | None))
     return about
+
+
+def network_files(network: Network, source: Source, variant: str | None, *, fetch: bool = True) -> list[Path]:
+    """A network's config and weight files, fetched if they are not here; SourceError where one is missing."""
+    if not network.base:
+        return clip_files(open_noise_clip(source, fetch=fetch))
+    files = open_source(source, network.subfolder, "config.json", fetch=fetch)
+    return [require(files, "config.json"), *weight_files(files, network.base, variant)]
+
+
+def part_files(source: Source, part: str, variant: str | None) -> dict[str, Path]:
+    """The files of one part that pictures depend on, by their names within it, fetched if they are not here.
+
+    SourceError where one is missing.
+    """
+    # model_index.json, which lies in no folder, holds a limit: it changes no picture.
+    found = {name: optional_file(source, *name.split("/")) for name in SMALL_FILES[part] if "/" in name}
+    for network in (network for network in NETWORKS if network.part == part):
+        paths = network_files(network, source, variant)
+        found |= {f"{network.subfolder}/{path.name}".lstrip("/"): path for path in paths}
+    if T5_FILE in found and found[T5_FILE] is None:
+        found[T5_JSON] = optional_file(source, *T5_JSON.split("/"))
+    for name, needed in SMALL_FILES[part].items():
+        if needed and found[name] is None and found.get(T5_JSON) is None:
+            raise SourceError(f"{source} has no {name}: give a whole release, or unset HF_HUB_OFFLINE once")
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def weight_paths(
+    sources: Mapping[str, Source | None], variants: Mapping[str, str | None], parts: Iterable[str]
+) -> dict[str, Path]:
+    """`part_files` of several parts, by part and name."""
+    given = {part: source for part in parts if (source := sources.get(part)) is not None}
+    found = {part: part_files(source, part, variants.get(part)) for part, source in given.items()}
+    return {f"{part}/{name}": path for part, files in found.items() for name, path in files.items()}
+
+
+def optional_file(source: Source, subfolder: str, name: str) -> Path | None:
+    """A file that a release may lack, with its folder or without, or None; offline, None too if it is not here."""
+    from huggingface_hub import constants
+
+    files = open_source(source, None, name, fetch=not constants.HF_HUB_OFFLINE)
+    if not isinstance(files, Folder) or (files.path / subfolder).is_dir():
+        files = open_source(source, subfolder, name, fetch=not constants.HF_HUB_OFFLINE)
+    return files.get(name)

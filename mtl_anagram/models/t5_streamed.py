@@ -57,30 +57,25 @@ class StreamedT5Encoder(T5Encoder):
         table = self._shards.fresh("shared.weight")[rows].to(self.dtype).float()
         x = F.embedding(index, table).to(self._device)  # (B, L, D)
         _check_finite(x, "shared.weight", self._shards)
-        with self._lock, self._matrices:
+        with self._lock, ThreadPoolExecutor(1, "t5 weights") as self._matrices.thread:
+            self._matrices.ahead.clear()  # of a call that failed
             return self.encoder(x, None if mask is None else mask.to(self._device)).to(self.dtype)
 
 
 class _Matrices:
-    """Matrices of files by name; within `with`, a thread reads the one after the last that was taken."""
+    """Matrices of files by name; a call's thread reads the one after the last that was taken."""
+
+    thread: ThreadPoolExecutor
 
     def __init__(self, shards: Shards, names: list[str]) -> None:
         self.shards, self.names, self._after = shards, set(names), dict(pairwise(names))
-        self._ahead: dict[str, Future[Tensor]] = {}
-
-    def __enter__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "t5 weights")
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
-        self._ahead.clear()
+        self.ahead: dict[str, Future[Tensor]] = {}
 
     def take(self, name: str) -> Tensor:
         """A matrix (out, in) as its file has it, on a mapping that goes with it."""
-        ahead = self._ahead.pop(name, None)
-        following = self._after.get(name)
-        if following is not None:
-            self._ahead[following] = self._thread.submit(self._read, following)
+        ahead = self.ahead.pop(name, None)
+        if (following := self._after.get(name)) is not None:
+            self.ahead[following] = self.thread.submit(self._read, following)
         return self.shards.fresh(name) if ahead is None else ahead.result()
 
     def _read(self, name: str) -> Tensor:

@@ -12,16 +12,23 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from . import unet_blocks as parts
+from .attention import columns_by
 from .configs import UNetConfig
 from .unet_blocks import JointAttention, Number, Recorder, Resnet, Span, TextContext
+
+BLOCK_VALUES = 1 << 19  # of a block of rows' first map: 2 MB in float32
+WEIGHTS_PER_VALUE = 100  # of a large network, whose blocks may have more values
 
 
 class UNet(parts.UNetBase):
     """The UNet of IF's stages I and II for any config, under the published names (the diffusers layout).
 
     `unet(x, t, text)` predicts; `unet.prepare(text)` does once what is the same at every step;
-    `unet.text_maps(...)` gives attention from pixels to text tokens, differentiable.
+    `unet.text_maps(...)` gives attention from pixels to text tokens, differentiable; `unet.token_maps = "triton"`
+    computes them by a Triton kernel (CUDA; without a GPU tested by Triton's interpreter alone), not by torch's.
     """
+
+    token_maps = "fused"
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
@@ -42,6 +49,7 @@ class UNet(parts.UNetBase):
             return parts.Block(inner, kind, resample, resnet=resnet, attend=attend, resampler=resampler)
 
         self.add_levels(config.layers_per_block, level)
+        self.parameter_count = sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def reads_text(self) -> bool:
@@ -75,8 +83,12 @@ class UNet(parts.UNetBase):
         noise, 3 of variance between its bounds (-1..1).
         """
         context = text if isinstance(text, TextContext) else self.prepare(text)
-        h = self._run(x, t, context, class_labels, None)
-        return self.conv_out(F.gelu(self.conv_norm_out(h)))
+        x, emb = self._inputs(x, t, context, class_labels)
+        size = self._block_size(x)
+        if size is None:
+            return self._predict(x, emb, context)
+        blocks = [slice(start, start + size) for start in range(0, len(x), size)]
+        return torch.cat([self._predict(x[rows], emb[rows], context[rows]) for rows in blocks])
 
     def text_maps(
         self,
@@ -107,8 +119,8 @@ class UNet(parts.UNetBase):
                 f"{x.shape[-2]}; ask for one of {sorted(set(layers.values()))}, and for a list of 'down', 'mid', "
                 f"'up', or of paths such as {max(layers)!r}"
             )
-        recorder = Recorder(wanted, columns)
-        self._run(x, t, context, class_labels, recorder)
+        recorder = Recorder(wanted, columns, columns_by(self.token_maps, x.device))
+        self.walk(*self._inputs(x, t, context, class_labels), context, recorder)
         return recorder.maps
 
     def attention_layers(self, size: int) -> dict[str, int]:
@@ -120,24 +132,37 @@ class UNet(parts.UNetBase):
                 layers[cast(JointAttention, attend).name] = size >> level
         return layers
 
-    def _run(
-        self,
-        x: Tensor,
-        t: Number,
-        context: TextContext,
-        class_labels: Number | None,
-        recorder: Recorder | None,
-    ) -> Tensor:
+    def _predict(self, x: Tensor, emb: Tensor, context: TextContext) -> Tensor:
+        return self.conv_out(F.gelu(self.conv_norm_out(self.walk(x, emb, context))))
+
+    def _block_size(self, x: Tensor) -> int | None:
+        """How many rows go through together, None = all.
+
+        On a CPU maps should stay in its cache. But each block reads all weights, so a large network's may be larger.
+        """
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or self._records(x):
+            return None
+        rows, values = len(x), self.config.block_out_channels[0] * x.shape[-2] * x.shape[-1]
+        most = max(1, max(BLOCK_VALUES, self.parameter_count // WEIGHTS_PER_VALUE) // values)
+        return None if rows <= most else -(-rows // -(-rows // most))
+
+    def _records(self, x: Tensor) -> bool:
+        """Whether a graph is recorded for gradients."""
+        return torch.is_grad_enabled() and (x.requires_grad or self.conv_in.weight.requires_grad)
+
+    def _inputs(
+        self, x: Tensor, t: Number, context: TextContext, class_labels: Number | None
+    ) -> tuple[Tensor, Tensor]:
+        """A call's picture, as the network takes it, and its embedding, one row each."""
         x, rows = self.picture(x), context.pooled.shape[0]  # not len(), which would fix the number in a graph
         if rows != x.shape[0]:
             raise InputError(f"{rows} rows of text for {x.shape[0]} pictures: give one per picture")
         emb = self._embed(rows, t, context, class_labels)
-        graph = torch.is_grad_enabled() and (x.requires_grad or self.conv_in.weight.requires_grad)
-        if x.device.type == "cpu" and not graph:
+        if x.device.type == "cpu" and not self._records(x):
             # Convolutions on a CPU are faster where a pixel's channels lie together, and hand that layout on; so
             # the weights can lie as they are. Gradients are not: 2 to 16% more time a step of training.
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.walk(x, emb, context, recorder)
+        return x, emb
 
     def _embed(self, rows: int, t: Number, context: TextContext, class_labels: Number | None) -> Tensor:
         """Time, noise level and pooled text as one activated embedding (R, time width)."""

@@ -24,5 +24,10 @@ def balance(scores: Tensor, step: int, *, horizon: float = 30, floor: float = FL
     number("floor", floor, above=True)
     if not torch.isfinite(scores).all():
         raise InputError(f"scores={scores.tolist()} must be finite: check the scorer's pictures and dtype")
+    return weights_of(scores, step, horizon, floor)
+
+
+def weights_of(scores: Tensor, step: int, horizon: float, floor: float) -> Tensor:
+    """`balance` of checked values: it asks a device nothing."""
     # The same powers through logarithms: c^-p / sum c^-p cannot overflow, however small c or large p.
     return torch.softmax(-(1 + step / horizon) * scores.clamp(min=floor).log(), dim=1)

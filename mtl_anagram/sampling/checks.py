@@ -14,6 +14,7 @@ from ..errors import InputError, choice, flag, float_tensor, number, whole_numbe
 from .guidance import ViewLike
 
 RANGE = 1.001  # how far from 0 a picture's values may be
+TOLERANCE = 1e-3  # of components' sum, on unit noise
 # What a field may be: a whole number of a range, one of some words, a number from 0 to a limit, a flag.
 Limit = range | tuple[str, ...] | float | type[bool]
 
@@ -54,7 +55,21 @@ def checked_views(views: Any, *sizes: tuple[int, int]) -> list[ViewLike]:
             "mixes views of the whole picture, whose predictions are averaged, with components, which add up"
         )
         raise InputError(f"views={list(views)!r} {said}: give one kind")
+    for height, width in sizes[:2] if getattr(views[0], "reduce", "mean") == "sum" else ():
+        noise = unit_noise(height, width)
+        total = sum(view.inverse_view(view.view(noise)) for view in views)
+        if not (total - noise).abs().max() < TOLERANCE:
+            said = "are components that do not add up to the picture"
+            raise InputError(
+                f"views={list(views)!r} {said}: give a whole family, such as low_pass, high_pass"
+            )
     return list(views)
+
+
+def unit_noise(height: int, width: int) -> Tensor:
+    """Always the same noise (1, 3, H, W): what filters are measured by."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(1, 3, height, width, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def checked_generators(generators: Any) -> list[torch.Generator]:
@@ -95,18 +110,18 @@ def checked_text(name: str, states: Any, images: int, views: int, like: tuple[in
     return states.expand(images, views, *states.shape[-2:])
 
 
-def checked_picture(low_res: Any, images: int) -> Tensor:
+def checked_picture(given: Any, images: int, name: str = "low_res", sides: Any = (None, None)) -> Tensor:
     """Pictures (B, 3, h, w) in [-1, 1], one per generator; warns where nothing is negative, as in [0, 1]."""
     legend = "(B, 3, h, w) with one picture per generator"
-    low_res = float_tensor("low_res", low_res, (images, 3, None, None), legend).detach()
-    low, high = (bound.item() for bound in low_res.aminmax())
+    given = float_tensor(name, given, (images, 3, *sides), legend).detach()
+    low, high = (bound.item() for bound in given.aminmax())
     if not max(-low, high) <= RANGE:  # a nan fails too
         remedy = "give pictures in [-1, 1], the last state's x"
-        raise InputError(f"low_res has values up to {max(-low, high):g}: {remedy}")
+        raise InputError(f"{name} has values up to {max(-low, high):g}: {remedy}")
     if low >= 0:
-        said = f"low_res has no negative value (the smallest is {low:g}): pictures are in [-1, 1] here"
+        said = f"{name} has no negative value (the smallest is {low:g}): pictures are in [-1, 1] here"
         warnings.warn(f"{said}; one in [0, 1] is 2 * picture - 1", stacklevel=3)
-    return low_res
+    return given
 
 
 def check_result(value: Any, shape: tuple[int, ...], what: str, meaning: str) -> Tensor:

@@ -65,24 +65,25 @@ After = Callable[[Tensor, int, int], "Tensor | tuple[Tensor, Tensor | None]"]
 
 
 def sample(
-    x: Tensor, timesteps: Sequence[int], predict: Predict, combine: Combine, step: Step, *, after: After | None = None
+    x: Tensor, timesteps: Sequence[int], predict: Predict, combine: Combine, step: Step, *,
+    after: After | None = None, first: int = 0,
 ) -> Iterator[StepState]:  # fmt: skip
     """From noise to pictures: yields a StepState per timestep; who stops asking, stops the run.
 
     predict(x, t) -> Prediction; combine(prediction, index, t) -> Combined;
     step(combined, x, t, t_next) -> x, or (x, x0) where it knows the clean picture; t_next is -1 at the last step;
     after(x, index, t_next) -> x, or (x, loss (B,)), follows every step. They run without gradients
-    (torch.enable_grad() brings them back).
+    (torch.enable_grad() brings them back). first: the index to begin at, with x of the noise level timesteps[first].
     """
-    for index, t in enumerate(timesteps):
+    for index, t in list(enumerate(timesteps))[first:]:
         t_next = timesteps[index + 1] if index + 1 < len(timesteps) else -1
         with no_gradients():
             prediction = predict(x, t)
             combined = combine(prediction, index, t)
             noise = combined.noise if isinstance(combined, Combined) else None
             _same("combine", noise, x, f"Combined(noise {tuple(x.shape)}, ...)")
-            x, x0 = _pair("step", step(combined, x, t, t_next), x)
-            x, loss = (x, None) if after is None else _pair("after", after(x, index, t_next), x)
+            x, x0 = pair("step", step(combined, x, t, t_next), x)
+            x, loss = (x, None) if after is None else pair("after", after(x, index, t_next), x)
             images, views = prediction.noise.shape[:2]
             weights, scale = combined.weights, combined.scale
             state = StepState(
@@ -94,9 +95,7 @@ def sample(
         yield state
 
 
-def _pair(
-    seam: str, result: Tensor | tuple[Tensor, Tensor | None], x: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def pair(seam: str, result: Tensor | tuple[Tensor, Tensor | None], x: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a step or an after returned, with None where it gave x alone."""
     made, more = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     return _same(seam, made, x, f"x {tuple(x.shape)}, or x and one tensor more"), more

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from math import inf
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
-from ..errors import choice, number, read_fields, whole_number
+from ..errors import InputError, choice, number, read_fields, whole_number
 from .attention_iou import MEASURES
 from .balancing import FLOOR
 from .checks import Limit, check_limits
@@ -17,6 +16,7 @@ from .solvers import SOLVERS
 SCORER_RANGES = ("half", "signed")
 PLACES = ("down", "mid", "up")
 UPSCALE_VIEWS = ("first", "all", "all_latents")
+MAX_SCALE = 1000.0  # of guidance; far above it float32 itself overflows
 R = TypeVar("R", bound="Fields")
 
 
@@ -45,17 +45,21 @@ class Fields:
 class Recipe(Fields):
     """How stages I and II are sampled (Xu et al. 2024, arXiv 2412.02693); the defaults are as released.
 
-    solver: "ddpm", or "ddim" and "dpm_solver_2m", which draw no noise. balancing: weights by the views' scores, else
-    all equal; step/horizon is added to the exponent, None = num_inference_steps; floor: smallest score that counts as
-    itself; scorer_range: a scorer is given "half" = x/2 + 0.5, or "signed" = x. rectification: rescale the combined
-    noise; rectify_diagonal: "unit", "measured". anti_segregation: gradient steps of length guidance_rate on the token
-    maps' overlap, in stage I up to step last_guided_step (0 first); overlap_measure: "overlap", "iou"; V views should
-    overlap by overlap_target - overlap_slope (V - 1); map_resolution: side of the attention layers for pictures of 64
-    px, in proportion at other sizes; map_places: of "down", "mid", "up".
+    stage_2_guidance_scale: None = guidance_scale; guidance_interval: between which fractions of the steps guidance acts
+    (Kynkaanniemi et al. 2024, arXiv 2404.07724); no null rows run outside. solver: "ddpm", or "ddim" and
+    "dpm_solver_2m", which draw no noise. balancing: weights by the views' scores, else equal; step/horizon is added to
+    the exponent, None = num_inference_steps; floor: smallest score that counts as itself; scorer_range: a scorer is
+    given "half" = x/2 + 0.5, or "signed" = x. rectification: rescale the combined noise; rectify_diagonal: "unit",
+    "measured". anti_segregation: gradient steps of length guidance_rate on the token maps' overlap, in stage I up to
+    step last_guided_step (0 first); overlap_measure: "overlap", "iou"; V views should overlap by overlap_target -
+    overlap_slope (V - 1); map_resolution: side of the attention layers for pictures of 64 px, in proportion at other
+    sizes; map_places: of "down", "mid", "up".
     """
 
     num_inference_steps: int = 30
     guidance_scale: float = 10.0
+    stage_2_guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     balancing: bool = True
     rectification: bool = True
     anti_segregation: bool = True
@@ -74,7 +78,7 @@ class Recipe(Fields):
 
     _limits: ClassVar[dict[str, Limit]] = {
         **dict.fromkeys(("balancing", "rectification", "anti_segregation"), bool),
-        **dict.fromkeys(("guidance_scale", "overlap_slope", "guidance_rate"), inf),
+        "guidance_scale": MAX_SCALE, "overlap_slope": 0.5, "guidance_rate": 1e6,
         "num_inference_steps": range(1, 1001), "last_guided_step": range(10**9), "map_resolution": range(1, 65),
         "floor": 1.0, "overlap_target": 0.5, "scorer_range": SCORER_RANGES, "rectify_diagonal": DIAGONALS,
         "overlap_measure": MEASURES, "solver": SOLVERS,
@@ -84,10 +88,19 @@ class Recipe(Fields):
         super().__post_init__()
         number("floor", self.floor, above=True)
         if self.horizon is not None:
-            whole_number("horizon", self.horizon, 1)
+            whole_number("horizon", self.horizon, 1, 10**9)
+        if (scale := self.stage_2_guidance_scale) is not None:
+            scale = number("stage_2_guidance_scale", scale, high=MAX_SCALE)
+            object.__setattr__(self, "stage_2_guidance_scale", scale)
+        object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
         for place in self.map_places:
             choice("map_places", place, PLACES)
         object.__setattr__(self, "map_places", tuple(self.map_places))
+
+    def is_guided(self, index: int) -> bool:
+        """Whether guidance acts in this step, 0 first, of `num_inference_steps`."""
+        first, last = self.guidance_interval
+        return self.guidance_scale != 1 and first <= index / self.num_inference_steps < last
 
     @classmethod
     def released(cls, **changes: Any) -> Recipe:
@@ -127,5 +140,14 @@ class UpscaleRecipe(Fields):
 
     _limits: ClassVar[dict[str, Limit]] = {
         "num_inference_steps": range(1, 1000), "exchange_every": range(1, 1000), "noise_level": range(1000),
-        "guidance_scale": inf, "views": UPSCALE_VIEWS,
+        "guidance_scale": MAX_SCALE, "views": UPSCALE_VIEWS,
     }  # fmt: skip
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise InputError(
+            f"guidance_interval={value!r} must be two fractions of the steps, such as (0.1, 0.8)"
+        )
+    first = number("guidance_interval's first", value[0], high=1.0)
+    return first, number("guidance_interval's last", value[1], low=first, high=1.0)

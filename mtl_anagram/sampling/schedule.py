@@ -7,7 +7,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,21 @@ TIMESTEPS = range(1, 100_001)  # how many there may be
 L = TypeVar("L", bound="Levels")
 
 
-class Levels:
-    """What all schedules share: a table of kept power, and noise mixed in by it."""
+# What all schedulers' files must mean; fields of no effect without clipping; what a file without them means.
+_FIXED = {"timestep_spacing": "leading", "trained_betas": None, "rescale_betas_zero_snr": False}
+_UNUSED = ("skip_prk_steps", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio")
+_TABLE: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
+_LATENT = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "clip_sample": False}
 
+
+class Levels:
+    """What all schedules share: a table of kept power, and noise mixed in by it.
+
+    _defaults: what a published file without a field means; _published: `read_fields`' other arguments.
+    """
+
+    _defaults: ClassVar[dict[str, Any]]
+    _published: ClassVar[dict[str, Any]]
     betas: Tensor
     alphas_cumprod: Tensor
     num_train_timesteps: int
@@ -40,8 +52,11 @@ class Levels:
 
     def roots(self, t: int) -> tuple[float, float]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t: what is kept of the picture, how much noise there is."""
-        alpha = self.alpha_bar(t)
-        return (alpha**0.5).item(), ((1 - alpha) ** 0.5).item()
+        known = self.__dict__.setdefault("_roots", {})  # each number is asked for at every step of every run
+        if t not in known:
+            alpha = self.alpha_bar(t)
+            known[t] = (alpha**0.5).item(), ((1 - alpha) ** 0.5).item()
+        return known[t]
 
     def add_noise(self, x: Tensor, noise: Tensor, t: int) -> Tensor:
         """Clean x (...) and unit noise (...) mixed to noise level t, 0 to num_train_timesteps - 1."""
@@ -67,18 +82,14 @@ class Levels:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def _read(
-        cls: type[L], config: Any, kind: str, owner: str, defaults: Mapping[str, Any], fixed: Mapping[str, Any],
-        unspelled: Mapping[str, Any], unused: tuple[str, ...], **given: int,
-    ) -> L:  # fmt: skip
-        """defaults: what a file without a field means; fixed, unspelled: implemented values, the first spelled out."""
-        values = read_fields(
-            config, owner=owner, class_name=kind, read={name: type(value) for name, value in defaults.items()},
-            fixed={**fixed, **unspelled, **_FIXED}, required=tuple(fixed), unused=unused,
-        )  # fmt: skip
-        values = {**defaults, **values, **given}
+    def from_config(cls: type[L], config: Mapping[str, Any], num_inference_steps: int | None = None) -> L:
+        """Read a published scheduler_config.json's content; ConfigError for what is not implemented."""
+        read = {name: type(value) for name, value in cls._defaults.items()}
+        values = {**cls._defaults, **read_fields(config, read=read, **cls._published)}
         if "dynamic_thresholding_ratio" in values:
             values["thresholding_ratio"] = values.pop("dynamic_thresholding_ratio")
+        if num_inference_steps is not None:
+            values["num_inference_steps"] = num_inference_steps
         try:
             return cls(**values)
         except InputError as error:
@@ -96,6 +107,15 @@ class Schedule(Levels):
     is the lower one. Derived: betas, alphas_cumprod (T,) float32 on the CPU; timesteps, from noisy to clean.
     """
 
+    _defaults: ClassVar = {
+        "num_train_timesteps": 1000, "thresholding": False, "dynamic_thresholding_ratio": 0.995,
+        "sample_max_value": 1.0, "clip_sample": True, "clip_sample_range": 1.0, "variance_type": "fixed_small",
+    }  # fmt: skip
+    _published: ClassVar = {
+        "owner": "an IF stage", "class_name": "DDPMScheduler", "required": ("beta_schedule",),
+        "fixed": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon", "steps_offset": 0, **_FIXED},
+        "unused": ("beta_start", "beta_end", "lambda_min_clipped"),
+    }  # fmt: skip
     num_inference_steps: int
     _: KW_ONLY
     sample_max_value: float = 1.5
@@ -118,6 +138,28 @@ class Schedule(Levels):
         count = whole_number("num_inference_steps", self.num_inference_steps, 1, total)
         self._set(cosine_betas(total), timesteps=tuple(range((count - 1) * self.stride, -1, -self.stride)))
 
+    def posterior(self, t: int, t_next: int) -> tuple[float, float, float, float, float]:
+        """Of the step from t to t_next (-1 = clean): the shares of x0 and of x_t in its mean, the logarithms of the
+        smallest and the largest variance (Nichol & Dhariwal 2021, eq. 15), and the root of the smallest."""
+        known = self.__dict__.setdefault("_posterior", {})
+        if (t, t_next) not in known:
+            alpha_bar, alpha_bar_next = self.alpha_bar(t), self.alpha_bar(t_next)
+            alpha = alpha_bar / alpha_bar_next  # of the strided step, not of one training step
+            beta = 1 - alpha
+            x0_share = alpha_bar_next**0.5 * beta / (1 - alpha_bar)
+            x_share = alpha**0.5 * (1 - alpha_bar_next) / (1 - alpha_bar)
+            smallest = ((1 - alpha_bar_next) / (1 - alpha_bar) * beta).clamp(min=1e-20)
+            numbers = (x0_share, x_share, smallest.log(), beta.log(), smallest**0.5)
+            known[t, t_next] = tuple(number.item() for number in numbers)
+        return known[t, t_next]
+
+    @property
+    def largest_value(self) -> float | None:
+        """What predicted pictures are clamped to where the limit is one for all; None where each has its own."""
+        if self.thresholding:
+            return 1.0 if self.sample_max_value == 1 else None
+        return self.clip_sample_range if self.clip_sample else math.inf
+
     @classmethod
     def stage_1(cls, num_inference_steps: int) -> Schedule:
         """The schedule of the released stage I models."""
@@ -128,19 +170,6 @@ class Schedule(Levels):
         """The schedule of the released stage II models: thresholding is a clamp to [-1, 1]."""
         return cls(num_inference_steps, sample_max_value=1.0)
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
-        """Read a published scheduler_config.json's content; ConfigError for what is not implemented."""
-        defaults = {
-            "num_train_timesteps": 1000, "thresholding": False, "dynamic_thresholding_ratio": 0.995,
-            "sample_max_value": 1.0, "clip_sample": True, "clip_sample_range": 1.0, "variance_type": "fixed_small",
-        }  # fmt: skip
-        return cls._read(
-            config, "DDPMScheduler", "an IF stage", defaults, {"beta_schedule": "squaredcos_cap_v2"},
-            {"prediction_type": "epsilon", "steps_offset": 0}, ("beta_start", "beta_end", "lambda_min_clipped"),
-            num_inference_steps=num_inference_steps,
-        )  # fmt: skip
-
 
 @dataclass(frozen=True)
 class NoiseLevels(Levels):
@@ -149,6 +178,12 @@ class NoiseLevels(Levels):
     Level 0 is not without noise: its alpha_bar is 0.9999. Derived: alphas_cumprod (T,) float32 on the CPU.
     """
 
+    _defaults: ClassVar = _TABLE
+    _published: ClassVar = {
+        "owner": "the x4 upscaler", "class_name": "DDPMScheduler", "required": ("beta_schedule",),
+        "fixed": {"beta_schedule": "scaled_linear", **_FIXED},
+        "unused": (*_UNUSED, "clip_sample", "prediction_type", "variance_type", "thresholding", "steps_offset"),
+    }  # fmt: skip
     _: KW_ONLY
     beta_start: float = 1e-4
     beta_end: float = 0.02
@@ -162,13 +197,6 @@ class NoiseLevels(Levels):
         total = self.num_train_timesteps
         self._set(torch.linspace(start**0.5, end**0.5, total, dtype=torch.float32, device="cpu") ** 2)
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> NoiseLevels:
-        """Read a published low_res_scheduler/scheduler_config.json's content; errors as Schedule's."""
-        unused = (*_UNUSED, "clip_sample", "prediction_type", "variance_type", "thresholding", "steps_offset")
-        fixed = {"beta_schedule": "scaled_linear"}
-        return cls._read(config, "DDPMScheduler", "the x4 upscaler", _TABLE, fixed, {}, unused)
-
 
 @dataclass(frozen=True)
 class LatentSchedule(NoiseLevels):
@@ -178,6 +206,11 @@ class LatentSchedule(NoiseLevels):
     950, ..., 14, 1. Where a step leads below 0, the noise left is that of timestep 0, or none with set_alpha_to_one.
     """
 
+    _defaults: ClassVar = {**_TABLE, "steps_offset": 0, "set_alpha_to_one": True}
+    _published: ClassVar = {
+        "owner": "the x4 upscaler", "class_name": "DDIMScheduler", "required": (*_LATENT,),
+        "fixed": {**_LATENT, "thresholding": False, **_FIXED}, "unused": _UNUSED,
+    }  # fmt: skip
     num_inference_steps: int = field(default=75, kw_only=False)
     _: KW_ONLY
     steps_offset: int = 1
@@ -195,24 +228,9 @@ class LatentSchedule(NoiseLevels):
             raise InputError(f"num_inference_steps={count} with steps_offset={offset} {said}")
         object.__setattr__(self, "timesteps", tuple(range(first, offset - 1, -self.stride)))
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], num_inference_steps: int = 75) -> LatentSchedule:
-        """Read a published scheduler/scheduler_config.json's content; errors as Schedule's."""
-        fixed = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "clip_sample": False}
-        return cls._read(
-            config, "DDIMScheduler", "the x4 upscaler", {**_TABLE, "steps_offset": 0, "set_alpha_to_one": True},
-            fixed, {"thresholding": False}, _UNUSED, num_inference_steps=num_inference_steps,
-        )  # fmt: skip
-
     def alpha_bar(self, t: int) -> Tensor:
         """The kept share of the latents' power at timestep t, 0-dim float32; t < 0: after the last step."""
         return super().alpha_bar(t if self.set_alpha_to_one else max(t, 0))
-
-
-# What a file without them means; fields of no effect without clipping; what all schedulers' files must mean.
-_TABLE: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
-_UNUSED = ("skip_prk_steps", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio")
-_FIXED = {"timestep_spacing": "leading", "trained_betas": None, "rescale_betas_zero_snr": False}
 
 
 def cosine_alpha_bar(u: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,13 +19,21 @@ def predict_x0(noise: Tensor, x_t: Tensor, t: int, schedule: Schedule) -> Tensor
     """The clean picture that noise predicted of x_t, both (B, C, H, W), implies, in the schedule's range; float32."""
     whole_number("t", t, 0, schedule.num_train_timesteps - 1)
     kept, noisy = schedule.roots(t)
-    x0 = (at_least_float32(x_t) - noisy * at_least_float32(noise)) / kept
-    if schedule.thresholding:
-        flat = x0.flatten(1)  # (B, C H W): each picture has its own threshold
-        limit = flat.abs().quantile(schedule.thresholding_ratio, dim=1).clamp(1.0, schedule.sample_max_value)
-        limit = limit[:, None, None, None]
-        return x0.clamp(-limit, limit) / limit
-    return x0.clamp(-schedule.clip_sample_range, schedule.clip_sample_range) if schedule.clip_sample else x0
+    return in_range((at_least_float32(x_t) - noisy * at_least_float32(noise)) / kept, schedule)
+
+
+def in_range(x0: Tensor, schedule: Schedule) -> Tensor:
+    """Predicted pictures (B, C, H, W) brought into the schedule's range."""
+    if (largest := schedule.largest_value) is not None:
+        return x0.clamp(-largest, largest)
+    limit = threshold(x0, schedule)[:, None, None, None]
+    return x0.clamp(-limit, limit) / limit
+
+
+def threshold(x0: Tensor, schedule: Schedule) -> Tensor:
+    """Dynamic thresholding's limit of every picture, (B, ...) -> (B,)."""
+    limit = x0.flatten(1).abs().quantile(schedule.thresholding_ratio, dim=1)
+    return limit.clamp(1.0, schedule.sample_max_value)
 
 
 def ddpm_step(
@@ -44,34 +52,22 @@ def ddpm_step(
         float_tensor("z", z, shape, "unit noise like x_t, which this step needs; zeros give the mean")
         if schedule.variance_type == "learned_range":
             float_tensor("variance", variance, shape, "the prediction: the schedule's variance is learned")
-    return ancestral(predict_x0(noise, x_t, t, schedule), variance, x_t, t, t_next, schedule, z)
+    z, variance = (None if t_next < 0 else z), (None if schedule.variance_type == "fixed_small" else variance)
+    return ancestral(predict_x0(noise, x_t, t, schedule), variance, x_t, z, schedule.posterior(t, t_next))
 
 
 def ancestral(
-    x0: Tensor,
-    variance: Tensor | None,
-    x_t: Tensor,
-    t: int,
-    t_next: int,
-    schedule: Schedule,
-    z: Tensor | None,
+    x0: Tensor, variance: Tensor | None, x_t: Tensor, z: Tensor | None, numbers: Sequence[Tensor | float]
 ) -> Tensor:
-    """`ddpm_step` from the clean picture x0 that is predicted at t, to any less noisy t_next; -1 = clean."""
-    alpha_bar, alpha_bar_next = schedule.alpha_bar(t), schedule.alpha_bar(t_next)
-    alpha = alpha_bar / alpha_bar_next  # of the strided step, not of one training step
-    beta = 1 - alpha
-    x0_share = (alpha_bar_next**0.5 * beta / (1 - alpha_bar)).item()
-    x_share = (alpha**0.5 * (1 - alpha_bar_next) / (1 - alpha_bar)).item()
+    """A step by `Schedule.posterior`'s numbers; z None = its mean, variance None = the smallest."""
+    x0_share, x_share, smallest, largest, root = numbers
     mean = x0_share * x0 + x_share * at_least_float32(x_t)
-    if t_next < 0 or z is None:
+    if z is None:
         return mean
-    z = z.to(mean)
-    lowest = ((1 - alpha_bar_next) / (1 - alpha_bar) * beta).clamp(min=1e-20)  # the smallest variance
-    if schedule.variance_type == "fixed_small" or variance is None:
-        return mean + (lowest**0.5).item() * z
+    if variance is None:
+        return mean + root * z.to(mean)
     position = (at_least_float32(variance) + 1) / 2
-    log_variance = position * beta.log().item() + (1 - position) * lowest.log().item()
-    return mean + torch.exp(0.5 * log_variance) * z
+    return mean + torch.exp(0.5 * (position * largest + (1 - position) * smallest)) * z.to(mean)
 
 
 class DDPM:
@@ -83,7 +79,8 @@ class DDPM:
     def __call__(self, combined: Combined, x: Tensor, t: int, t_next: int) -> tuple[Tensor, Tensor]:
         x0 = predict_x0(combined.noise, x, t, self.schedule)
         z = self.draw() if t_next >= 0 else None
-        return ancestral(x0, combined.variance, x, t, t_next, self.schedule, z), x0
+        variance = None if self.schedule.variance_type == "fixed_small" else combined.variance
+        return ancestral(x0, variance, x, z, self.schedule.posterior(t, t_next)), x0
 
 
 class DDIM:

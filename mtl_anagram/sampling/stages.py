@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError, whole_number
+from ..errors import InputError, at_least_float32, number, whole_number
 from .attention_iou import anti_segregation_step, concept_maps
-from .balancing import balance
+from .balancing import weights_of
 from .checks import (
     check_kinds,
     check_result,
@@ -21,16 +22,19 @@ from .checks import (
     checked_spans,
     checked_text,
     checked_views,
+    unit_noise,
 )
+from .fused import Fused
 from .guidance import ViewLike, from_views, guide, to_views
 from .guidance import combine as weighted_sum
-from .loop import After, Combine, Combined, Prediction, Step, StepState, no_gradients, sample
+from .loop import After, Combine, Combined, Prediction, Step, StepState, no_gradients, pair, sample
 from .recipe import Recipe
-from .rectification import rectify
+from .rectification import rectify, scale_of
 from .schedule import Levels, Schedule
 from .solvers import DDIM, DDPM, DPMSolver2M
 
 SCORER_SIZE = 64  # the side of the pictures that a scorer is given
+LOOK_EVERY = 10  # steps; each look at what a device has found makes the host wait for it
 CHANNELS = 3
 Score = Callable[[Tensor, int], Tensor]
 Size = int | tuple[int, int]
@@ -51,6 +55,9 @@ def sample_stage1(
     combine: Combine | None = None,
     step: Step | None = None,
     after: After | None = None,
+    start: tuple[Tensor, float] | None = None,
+    reference: tuple[Tensor, ViewLike] | None = None,
+    fused: str | None = None,
 ) -> Iterator[StepState]:
     """Sample B pictures of size px (or (H, W)) from noise; yields a StepState per step, the last holds the pictures.
 
@@ -64,11 +71,16 @@ def sample_stage1(
     (start, stop) token range per view (or B lists of such), or None: no anti-segregation. generators: one CPU
     generator per image, drawn from in float32 in this order: the initial noise (3, H, W), then one noise (3, H, W)
     per step but the last. Image b is what it would be alone (to rounding). combine, step, after: in place of what the
-    recipe makes (`loop.sample`). All is checked at the call.
+    recipe makes (`loop.sample`). start: pictures (B, 3, H, W) in [-1, 1] to begin with, under the initial noise, and
+    the share of the steps, above 0, that is left then (SDEdit, Meng et al. 2021, arXiv 2108.01073). reference: pictures
+    like start's, and the view whose component of x is made theirs after every step, under noise of the step's level,
+    which is drawn after the step's own. fused: "torch" or "triton": the same numbers in fewer passes
+    (`sampling.fused`), of views that move pixels. All is checked at the call.
     """
     check_kinds(recipe=(recipe, Recipe))
     schedule = schedule or Schedule.stage_1(recipe.num_inference_steps)
-    run = _Run(unet, text, null, views, score, generators, recipe, schedule, size)
+    more = (schedule, size, start, reference, fused)
+    run = _Run(unet, text, null, views, score, generators, recipe, *more)
     if after is None and spans is not None:
         after = run.anti_segregation(spans)
     return run.states(combine, step, after)
@@ -90,6 +102,9 @@ def sample_stage2(
     combine: Combine | None = None,
     step: Step | None = None,
     after: After | None = None,
+    start: tuple[Tensor, float] | None = None,
+    reference: tuple[Tensor, ViewLike] | None = None,
+    fused: str | None = None,
 ) -> Iterator[StepState]:
     """Sample B pictures of size px that sharpen low_res (B, 3, h, w), in [-1, 1]; yields as stage I does.
 
@@ -99,8 +114,11 @@ def sample_stage2(
     noise (3, H, W), the noise on low_res (3, H, W), then one per step but the last. schedule: Schedule.stage_2 if None.
     """
     check_kinds(recipe=(recipe, Recipe))
+    if recipe.stage_2_guidance_scale is not None:
+        recipe = replace(recipe, guidance_scale=recipe.stage_2_guidance_scale)
     schedule = schedule or Schedule.stage_2(recipe.num_inference_steps)
-    run = _Run(unet, text, null, views, score, generators, recipe, schedule, size)
+    more = (schedule, size, start, reference, fused)
+    run = _Run(unet, text, null, views, score, generators, recipe, *more)
     whole_number("noise_level", noise_level, 0, run.schedule.num_train_timesteps - 1)
     return run.states(combine, step, after, checked_picture(low_res, run.count), noise_level)
 
@@ -123,6 +141,7 @@ class Run:
         self.generators, self.views = checked_generators(self.generators), checked_views(self.views)
         self.count = len(self.generators)  # B
         self.sums = getattr(self.views[0], "reduce", "mean") == "sum"  # components, which add up
+        self.flags: list[tuple[Tensor, str, int]] = []  # found finite (0-dim bool), what, at which timestep
 
     def check_schedule(self, kind: type[Levels], wanted: int) -> None:
         check_kinds(schedule=(self.schedule, kind))
@@ -132,11 +151,12 @@ class Run:
     def draw(self, *shape: int) -> Tensor:
         """The next unit noise (B, *shape), each image's from its own generator on the CPU, then moved."""
         draws = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in self.generators]
-        return torch.stack(draws).to(self.text.device)
+        drawn, waits = torch.stack(draws), self.text.device.type != "cuda"
+        return (drawn if waits else drawn.pin_memory()).to(self.text.device, non_blocking=not waits)
 
     def number(self, value: int) -> Tensor:
         """A timestep or noise level as networks take it: a compiled one sees a tensor, not one more constant."""
-        return torch.tensor(value, dtype=torch.int64, device=self.text.device)
+        return torch.full((), value, dtype=torch.int64, device=self.text.device)  # no copy from the host
 
     def prepared(self, rows: Tensor) -> Any:
         """Text rows as the network wants them: by its own `prepare`, if it has one."""
@@ -144,12 +164,25 @@ class Run:
         return prepare(rows) if callable(prepare) else rows
 
     def finite(self, value: Tensor, what: str, t: int) -> Tensor:
-        """The value; InputError that names the step where a network's numbers overflowed."""
-        if not torch.isfinite(value).all():
+        """The value, whose device notes whether a network's numbers overflowed; `look` reads the notes."""
+        self.flags.append((torch.isfinite(value).all(), what, t))
+        return value
+
+    def look(self) -> None:
+        """InputError that names the first step where numbers were not finite since the last look."""
+        flags, self.flags = self.flags, []
+        if flags and not torch.stack([flag for flag, *_ in flags]).all():
+            what, t = next((what, t) for fine, what, t in flags if not fine)
             place = f"step {self.schedule.timesteps.index(t)} (t={t}) in {self.text.dtype}"
             remedy = "run the network in bfloat16 or float32, and check its weights"
             raise InputError(f"{what} is not finite at {place}: {remedy}")
-        return value
+
+    def looked(self, states: Iterator[StepState]) -> Iterator[StepState]:
+        """The states, with a look after the first step, after some, and after the last."""
+        for state in states:
+            if state.index % LOOK_EVERY == 0 or state.index + 1 == state.num_steps:
+                self.look()
+            yield state
 
     def scores(self, pictures: Tensor, t: int) -> Tensor | None:
         """The scorer's cosines (B, V) of viewed pictures (B, V, 3, h, w), None where weights are equal."""
@@ -176,6 +209,9 @@ class _Run(Run):
 
     schedule: Schedule
     size: Size
+    start: tuple[Tensor, float] | None
+    reference: tuple[Tensor, ViewLike] | None
+    fused: str | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,32 +220,63 @@ class _Run(Run):
         for side in self.sides:
             whole_number("size", side, 1)
         checked_views(self.views, self.sides)
+        self.passes: Fused | None = None
+        if self.fused is not None:
+            own = self.views, self.sides, self.schedule, self.text.device
+            self.passes = Fused(*own, self.fused, self.draw_picture)
         self.text = checked_text("text", self.text, self.count, len(self.views))
         null = checked_text("null", self.null, self.count, len(self.views), self.text.shape[2:])
         self.null = null.to(self.text)
         # Null rows are for guidance: without it, or where the network does not read the text, nobody needs them.
-        self.guided = self.recipe.guidance_scale != 1 and getattr(self.unet, "reads_text", True)
+        share = 1.0 if self.start is None else number("strength", self.start[1], above=True, high=1)
+        self.first = min(round((1 - share) * (steps := self.recipe.num_inference_steps)), steps - 1)
+        for name, given in (("start", self.start), ("reference", self.reference)):
+            if given is not None:
+                checked_picture(given[0], self.count, name, self.sides)
+        reads = getattr(self.unet, "reads_text", True)
+        times = enumerate(self.schedule.timesteps)
+        self.guided = {t for index, t in times if reads and self.recipe.is_guided(index)}
+
+    def draw_picture(self) -> Tensor:
+        return self.draw(CHANNELS, *self.sides)
 
     def states(
         self, combine: Combine | None, step: Step | None, after: After | None, low_res: Tensor | None = None,
         noise_level: int = 0,
     ) -> Iterator[StepState]:  # fmt: skip
         """The loop; the first draws and the text's preparation wait until the first state is asked for."""
-        shape = (CHANNELS, *self.sides)
         if step is None:
-            drawn = DDPM(self.schedule, lambda: self.draw(*shape))
+            drawn = DDPM(self.schedule, self.draw_picture) if self.passes is None else self.passes.ddpm
             own: dict[str, Step] = {"ddim": DDIM(self.schedule), "dpm_solver_2m": DPMSolver2M(self.schedule)}
             step = own.get(self.recipe.solver, drawn)
         with no_gradients():
-            x, condition = self.draw(*shape), None
+            x, condition = self.draw_picture(), None
+            if self.start is not None:
+                x = self.schedule.add_noise(self.start[0].to(x), x, self.schedule.timesteps[self.first])
             if low_res is not None:
                 low_res = low_res.to(self.text.device, torch.float32)
                 large = F.interpolate(low_res, self.sides, mode="bilinear", align_corners=True)
-                condition = self.schedule.add_noise(large, self.draw(*shape), noise_level)
+                condition = self.schedule.add_noise(large, self.draw_picture(), noise_level)
             rows = [self.null, self.text] if self.guided else [self.text]
             self.context = self.prepared(torch.cat([row.flatten(0, 1) for row in rows]))
+            self.prompts = self.context[-self.count * len(self.views) :]
             predict = self.predict(condition, noise_level)
-        yield from sample(x, self.schedule.timesteps, predict, combine or self.combine, step, after=after)
+        after = after if self.reference is None else self.held(*self.reference, after)
+        combine, times = combine or self.combine, self.schedule.timesteps
+        yield from self.looked(sample(x, times, predict, combine, step, after=after, first=self.first))
+
+    def held(self, picture: Tensor, view: ViewLike, after: After | None) -> After:
+        """The after that makes a component the reference's, once another has done its work."""
+
+        def held(x: Tensor, index: int, t_next: int) -> tuple[Tensor, Tensor | None]:
+            x, loss = (x, None) if after is None else pair("after", after(x, index, t_next), x)
+            known, last = picture.to(x), t_next < 0
+            if not last:
+                known = self.schedule.add_noise(known, self.draw_picture(), t_next)
+            x = x + view.inverse_view(view.view(known - x))
+            return x.clamp(-1, 1) if last else x, loss
+
+        return held
 
     def predict(self, condition: Tensor | None, noise_level: int) -> Callable[[Tensor, int], Prediction]:
         """The default predict: all views in one call, guided in the readers' frames, then brought back once."""
@@ -217,20 +284,34 @@ class _Run(Run):
 
         def predict(x: Tensor, t: int) -> Prediction:
             seen = to_views(x if condition is None else torch.cat([x, condition], dim=1), self.views)
-            row = seen.flatten(0, 1).to(self.text.dtype)  # (B V, C, H, W)
-            row = torch.cat([row, row]) if self.guided else row
-            output = self.unet(row, self.number(t), self.context, **labels)
+            row, context = seen.flatten(0, 1).to(self.text.dtype), self.prompts  # (B V, C, H, W)
+            if t in self.guided:
+                row, context = torch.cat([row, row]), self.context
+            output = self.unet(row, self.number(t), context, **labels)
             wanted = (len(row), 2 * CHANNELS, *self.sides)
-            output = check_result(output, wanted, "the network", "noise and variance per row").float()
+            output = check_result(output, wanted, "the network", "noise and variance per row")
             output = self.finite(output, "the network's prediction", t)
             output = output.unflatten(0, (-1, self.count, len(self.views)))
+            if self.passes is not None:
+                return Prediction(seen, *self.passes.back(output, self.recipe.guidance_scale))
+            output = output.float()
             noise, variance = output[-1, :, :, :CHANNELS], output[-1, :, :, CHANNELS:]
-            if self.guided:
+            if t in self.guided:
                 noise = guide(output[0, :, :, :CHANNELS], noise, self.recipe.guidance_scale)
             noise, variance = from_views(torch.cat([noise, variance], dim=2), self.views).chunk(2, dim=2)
             return Prediction(seen, noise, variance)
 
         return predict
+
+    def scale(self, noise: Tensor, weights: Tensor) -> Tensor:
+        if not self.sums or not self.recipe.rectification:
+            return super().scale(noise, weights)
+        # A sum loses power where filters overlap and predictions differ. It gets the predictions' own, which is the
+        # parts' over what the filters leave of white noise: about what it has where predictions agree.
+        z = unit_noise(*self.sides)
+        left = from_views(to_views(z, self.views), self.views).square().mean() / z.square().mean()
+        target = noise.square().mean(dim=(1, 2, 3, 4)) / left
+        return scale_of(noise.sum(dim=1).square().mean(dim=(1, 2, 3)), target)
 
     def combine(self, prediction: Prediction, index: int, t: int) -> Combined:
         """The default combine: the mean by the scores' weights, rectified; or the sum, for views of components."""
@@ -238,9 +319,9 @@ class _Run(Run):
         weights = noise.new_full((self.count, count), 1.0 if self.sums else 1 / count)
         scores = self.scores(prediction.seen[:, :, :CHANNELS], t)
         if scores is not None:
-            scores = self.finite(scores, "the score", t).to(noise)
+            scores = at_least_float32(self.finite(scores.to(noise), "the score", t))
             horizon = self.recipe.horizon or self.recipe.num_inference_steps
-            weights = balance(scores, index, horizon=horizon, floor=self.recipe.floor)
+            weights = weights_of(scores, index, horizon, self.recipe.floor)
         scale = self.scale(noise, weights)
         mean = None if variance is None else weighted_sum(variance, weights)
         return Combined(weighted_sum(noise, weights, scale), mean, weights, scale)
@@ -258,14 +339,20 @@ class _Run(Run):
         text_maps: Callable[..., dict[str, Tensor]] = self.unet.text_maps  # type: ignore[attr-defined]
         wanted = {"resolution": recipe.map_resolution * self.sides[0] // 64, "places": recipe.map_places}
 
+        @cache
+        def asked() -> Any:
+            """What the prompts' maps are asked for, once a run if the network's own text can say it as a tensor."""
+            return self.prompts.columns(flat) if hasattr(self.prompts, "columns") else flat
+
         def after(x: Tensor, index: int, t_next: int) -> tuple[Tensor, Tensor | None]:
             if t_next < 0 or index > recipe.last_guided_step:
                 return x, None
-            prompts = self.context[-self.count * len(views) :]
+            columns = asked()
 
             def maps_of(pictures: Tensor) -> Tensor:
                 rows = to_views(pictures, views).flatten(0, 1).to(self.text.dtype)
-                return concept_maps(text_maps(rows, self.number(t_next), prompts, flat, **wanted), views)
+                maps = text_maps(rows, self.number(t_next), self.prompts, columns, **wanted)
+                return concept_maps(maps, views)
 
             x, loss = anti_segregation_step(
                 x, maps_of, rate=recipe.guidance_rate, measure=recipe.overlap_measure,
@@ -274,3 +361,11 @@ class _Run(Run):
             return self.finite(x, "the anti-segregation gradient", t_next), loss
 
         return after
+
+
+def alternate(prediction: Prediction, index: int, t: int) -> Combined:
+    """A combine that follows one view a step, in turn (Geng et al. 2023, arXiv 2311.17919, their second reduction)."""
+    noise, variance, turn = prediction.noise, prediction.variance, index % prediction.noise.shape[1]
+    weights = torch.zeros_like(noise[:, :, 0, 0, 0])
+    weights[:, turn] = 1
+    return Combined(noise[:, turn], None if variance is None else variance[:, turn], weights)

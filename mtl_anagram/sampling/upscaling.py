@@ -125,7 +125,7 @@ class _Run(Run):
             return ddim_step(combined.x0, combined.noise, t, self.schedule)
 
         combine = self.common if self.mode == "all_latents" else self.exchanged
-        for state in sample(latents, self.schedule.timesteps, predict, combine, step):
+        for state in self.looked(sample(latents, self.schedule.timesteps, predict, combine, step)):
             values = {f.name: getattr(state, f.name) for f in fields(StepState)}
             with no_gradients():
                 last = state.index + 1 == state.num_steps
@@ -177,7 +177,7 @@ class _Run(Run):
         shift, (kept, noisy) = self.shift(x0, weights), self.schedule.roots(t)
         x0, noise = at_least_float32(x0) + shift, at_least_float32(own) - (kept / noisy) * shift
         scale = torch.ones_like(weights[:, 0])
-        if self.recipe.rectification and len(self.views) > 1:
+        if self.recipe.rectification and len(self.views) > 1 and not self.sums:
             # Here views have no common frame. But sum_ij a_i a_j m_ij is the power of the combined noise, which
             # every view holds in its own frame, so that powers alone give the scale.
             powers = own.square().mean(dim=(2, 3, 4))  # m_ii, (B, V)
@@ -194,7 +194,8 @@ class _Run(Run):
             horizon = self.upscale.num_inference_steps
             return balance(self.cosines, index, horizon=horizon, floor=self.recipe.floor).to(self.text.device)
         count = len(self.views)
-        row = [1.0] + [0.0] * (count - 1) if self.mode == "first" else [1 / count] * count
+        row = [1.0 if self.sums else 1 / count] * count
+        row = [1.0] + [0.0] * (count - 1) if self.mode == "first" else row
         return torch.tensor([row] * self.count, dtype=torch.float32, device=self.text.device)
 
     def shift(self, x0: Tensor, weights: Tensor) -> Tensor:
@@ -226,6 +227,7 @@ class _Run(Run):
         wanted = (1, 3, *(self.factor * side for side in z.shape[-2:]))
         picture = check_result(self.decode(z), wanted, "decode", "a picture per row of latents")
         if not torch.isfinite(picture).all():
+            self.look()  # latents that were not finite before are the reason
             raise InputError("the decoder's picture is not finite: decode in float32")
         return picture.float()
 
@@ -238,6 +240,6 @@ def check_latent_views(views: Sequence[ViewLike], size: tuple[int, int]) -> None
     """InputError for views that do more than move pixels: on latents of this size they mean nothing."""
     ones = torch.ones(1, 1, *size, dtype=torch.float32, device="cpu")
     for view in views:
-        if not torch.equal(view.view(ones), ones):
+        if not torch.equal(view.view(ones), ones) or getattr(view, "reduce", "mean") == "sum":
             remedy = 'take views="all", which applies it to pixels'
             raise InputError(f"{view!r} changes values, which means nothing on latents: {remedy}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, at_least_float32, whole_number
+
+V = TypeVar("V", bound="View")
 
 
 class View:
@@ -47,7 +49,7 @@ class View:
 
     def view(self, x: Tensor) -> Tensor:
         """What this view's reader sees: (..., C, H, W) -> (..., C, H, W). InputError for a wrong H or W."""
-        self.check_size(_sides(x, 3))
+        self.check_size(sides_of(x, 3))
         return self.move(x) if self.sign > 0 else -self.move(x)
 
     def inverse_view(self, prediction: Tensor, channels: int = 3) -> Tensor:
@@ -56,7 +58,7 @@ class View:
         Its first `channels` are noise, then come as many of variance, or none; only noise changes its sign.
         InputError for a wrong C, H or W.
         """
-        self.check_size(_sides(prediction, 3))
+        self.check_size(sides_of(prediction, 3))
         if self.sign < 0:
             count = prediction.shape[-3]
             if count not in (channels, 2 * channels):
@@ -79,7 +81,7 @@ class View:
 
     def _move_map(self, move: Callable[[Tensor], Tensor], maps: Tensor) -> Tensor:
         """Where a side is not allowed, the map is spread by area over the next that is, moved, and gathered again."""
-        sides = _sides(maps, 2)
+        sides = sides_of(maps, 2)
         if self.square and sides[0] != sides[1]:
             self.check_size(sides)  # which raises
         allowed = tuple(next(filter(self.allows, range(side, 4097)), side) for side in sides)  # the next ones
@@ -138,6 +140,13 @@ class IndexView(View):
         return {key: value for key, value in self.__dict__.items() if key != "_indices"}
 
 
+def variant(base: type[V], name: str, about: str, **attributes: Any) -> type[V]:
+    """A view's class that differs from another in attributes alone; of "rotate_cw" it is RotateCw."""
+    title = "".join(word.capitalize() for word in name.split("_"))
+    of_class = {"__module__": base.__module__, "__doc__": about, "name": name, **attributes}
+    return type(title, (base,), of_class)
+
+
 def pixel_numbers(height: int, width: int) -> Tensor:
     """The pixels of a picture, counted row by row: (height, width) long, on the CPU."""
     return torch.arange(height * width, dtype=torch.long, device="cpu").unflatten(0, (height, width))
@@ -153,7 +162,7 @@ def _spread(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     return shares[0] @ maps @ shares[1].T
 
 
-def _sides(x: Tensor, dimensions: int) -> tuple[int, int]:
+def sides_of(x: Tensor, dimensions: int) -> tuple[int, int]:
     """Height and width, of at least 1 px, of a floating tensor of at least so many dimensions."""
     if not isinstance(x, Tensor) or x.ndim < dimensions or 0 in x.shape[-2:] or not x.is_floating_point():
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -21,7 +21,7 @@ class Jigsaw(IndexView):
 
     name = "jigsaw"
 
-    def __init__(self, seed: int = 4522, num_pieces: int = 4) -> None:
+    def __init__(self, num_pieces: int = 4, seed: int = 4522) -> None:
         self.seed = whole_number("seed", seed, 0, MAX_SEED)
         self.multiple = self.num_pieces = whole_number("num_pieces", num_pieces, 2, 32)
 

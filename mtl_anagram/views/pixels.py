@@ -17,55 +17,51 @@ from einops import rearrange
 from torch import Tensor
 
 from ..errors import MAX_SEED, InputError, number, whole_number
-from .base import IndexView, View, pixel_numbers
+from .base import IndexView, View, pixel_numbers, variant
 
 
 class Identity(View):
     """The picture as it is (the tensor itself, no copy)."""
 
     name, square = "identity", False
-    turns = 0  # quarter turns counter-clockwise, as torch.rot90 counts them
+    flips, turns = False, 0  # upside down; then quarter turns counter-clockwise, as torch.rot90 counts them
 
     def move(self, x: Tensor) -> Tensor:
+        x = x.flip(-2) if self.flips else x
         return torch.rot90(x, self.turns, (-2, -1)) if self.turns else x
 
     def move_back(self, x: Tensor) -> Tensor:
-        return torch.rot90(x, -self.turns, (-2, -1)) if self.turns else x
+        x = torch.rot90(x, -self.turns, (-2, -1)) if self.turns else x
+        return x.flip(-2) if self.flips else x
 
 
-class RotateCW(Identity):
-    """A quarter turn clockwise, of squares."""
-
-    name, square, turns = "rotate_cw", True, -1
-
-
-class RotateCCW(Identity):
-    """A quarter turn counter-clockwise, of squares."""
-
-    name, square, turns = "rotate_ccw", True, 1
-
-
-class Rotate180(Identity):
-    """Half a turn."""
-
-    name, turns = "rotate_180", 2
+RotateCw = variant(Identity, "rotate_cw", "A quarter turn clockwise, of squares.", square=True, turns=-1)
+RotateCcw = variant(
+    Identity, "rotate_ccw", "A quarter turn counter-clockwise, of squares.", square=True, turns=1
+)
+Rotate180 = variant(Identity, "rotate_180", "Half a turn.", turns=2)
+COLOURS = "Colours inverted: all channels of a picture, the noise alone of a prediction; nothing moves."
+Negate = variant(Identity, "negate", COLOURS, sign=-1)
+Flip = variant(Identity, "flip", "Upside down: the rows reversed, columns kept.", flips=True)
+Mirror = variant(Identity, "mirror", "As in a mirror: the columns reversed, rows kept.", flips=True, turns=2)
+DIAGONAL = "Rows become columns, of squares: mirrored in the diagonal that goes down to the right."
+Transpose = variant(Identity, "transpose", DIAGONAL, square=True, flips=True, turns=-1)
 
 
-class Negate(Identity):
-    """Colours inverted: all channels of a picture, the noise alone of a prediction; nothing moves."""
+class Translate(View):
+    """Rolled to the right and down by shares of the width and of the height, -1 to 1, to whole px."""
 
-    name, sign = "negate", -1
+    name, square = "translate", False
 
+    def __init__(self, right: float = 0.5, down: float = 0.0) -> None:
+        self.right, self.down = number("right", right, low=-1, high=1), number("down", down, low=-1, high=1)
 
-class Flip(View):
-    """Upside down: the rows reversed, columns kept."""
+    def move(self, x: Tensor, sign: int = 1) -> Tensor:
+        down, right = round(self.down * x.shape[-2]), round(self.right * x.shape[-1])
+        return x.roll((sign * down, sign * right), (-2, -1))
 
-    name, square = "flip", False
-
-    def move(self, x: Tensor) -> Tensor:
-        return x.flip(-2)
-
-    move_back = move
+    def move_back(self, x: Tensor) -> Tensor:
+        return self.move(x, -1)
 
 
 class Skew(IndexView):

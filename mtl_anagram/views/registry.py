@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import inspect
+import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from functools import reduce
@@ -15,12 +17,15 @@ from torch import Tensor
 from ..errors import MAX_SEED, InputError, whole_number
 from . import pixels
 from .base import View
+from .factorized import COMPONENTS
 from .jigsaw import Jigsaw
-from .pixels import Identity, PatchPermute, PixelPermute, RotateCCW, RotateCW
+from .pixels import Identity, PatchPermute, PixelPermute
+from .turned import Reflect, Rotate
 
-KINDS: list[type[View]] = [Identity, pixels.Flip, RotateCW, RotateCCW, pixels.Rotate180, pixels.Negate]
-KINDS += [pixels.Skew, PatchPermute, PixelPermute, Jigsaw, pixels.InnerCircle, pixels.SquareHinge]
-KINDS += [pixels.PermutationView]
+KINDS: list[type[View]] = [Identity, pixels.Flip, pixels.RotateCw, pixels.RotateCcw, pixels.Rotate180]
+KINDS += [pixels.Negate, pixels.Skew, PatchPermute, PixelPermute, Jigsaw, pixels.InnerCircle]
+KINDS += [pixels.SquareHinge, pixels.PermutationView, pixels.Mirror, pixels.Transpose, pixels.Translate]
+KINDS += [Rotate, Reflect, *COMPONENTS]
 CLASSES = {kind.name: kind for kind in KINDS}
 VIEW_NAMES = tuple(CLASSES)
 Arguments = Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None  # of one view, or of each component
@@ -35,12 +40,16 @@ class Composition(View):
         self.views = list(views)
         self.name = "+".join(view.name for view in views)
         self.square = any(view.square for view in views)
+        self.reduce = "sum" if any(view.reduce == "sum" for view in views) else "mean"
 
     def view(self, x: Tensor) -> Tensor:
         return reduce(lambda seen, view: view.view(seen), self.views, x)
 
     def inverse_view(self, prediction: Tensor, channels: int = 3) -> Tensor:
         return reduce(lambda x, view: view.inverse_view(x, channels), self.views[::-1], prediction)
+
+    def show(self, x: Tensor) -> Tensor:
+        return reduce(lambda seen, view: view.show(seen), self.views, x)
 
     def map(self, maps: Tensor) -> Tensor:
         return reduce(lambda moved, view: view.map(moved), self.views, maps)
@@ -64,6 +73,7 @@ def get_views(
 ) -> list[View]:
     """One view per name: one of VIEW_NAMES, a composition such as "rotate_cw+negate", or a View instance.
 
+    A name may have arguments, in their order or named: "jigsaw:6", "motion:angle=30", "rotate:135,circle".
     view_args: None, or per view None or a dict of its keyword arguments; for a composition a list of such, or a
     dict of them by component name.
     seed: 0 to 2^63 - 1. patch_permute and pixel_permute without a seed of their own draw their permutation
@@ -86,16 +96,12 @@ def view_from_metadata(metadata: Mapping[str, Any]) -> View:
         raise InputError(f"view metadata {reprlib.repr(metadata)} must be as View.to_metadata gives it")
     if "class" not in fields:
         return _make(metadata["name"], metadata.get("arguments", {}))
-    kinds = (
-        View.__subclasses__()
-    )  # a user's class is there already: nothing is imported because metadata says so
-    for kind in kinds:  # which grows
+    # A user's class is there already: nothing is imported because metadata says so.
+    for kind in (kinds := View.__subclasses__()):  # which grows
         if metadata["class"] == f"{kind.__module__}.{kind.__qualname__}":
             return _make(kind, metadata.get("arguments", {}))
         kinds += kind.__subclasses__()
-    raise InputError(
-        f"view metadata needs the class {metadata['class']!r}: define it or import its module before"
-    )
+    raise InputError(f"view metadata needs the class {metadata['class']!r}: define or import it before")
 
 
 def _view(name: object, given: Any, stream: str) -> View:
@@ -105,14 +111,32 @@ def _view(name: object, given: Any, stream: str) -> View:
     if not isinstance(name, str):
         made = "takes no view_args" if isinstance(name, View) else "must be a name, or a View instance"
         raise InputError(f"view {name!r} ({type(name).__name__}) {made}")
-    parts = [part.strip() for part in name.split("+")]
+    named = [_named(part) for part in name.split("+")]
+    parts = [part for part, _ in named]
     if len(parts) > 1 and isinstance(given, Mapping):
         if any(parts.count(key) != 1 for key in given):
             raise InputError(f"view_args of {name!r} name {list(given)}: give each component once, or a list")
         given = [given.get(part) for part in parts]
-    given = _entries(f"view_args of {name!r}", given, len(parts)) if len(parts) > 1 else [given]
-    views = [_make(part, given[j] or {}, name, f"{stream}/{j}") for j, part in enumerate(parts)]
+    given = [*_entries(f"view_args of {name!r}", given, len(parts))] if len(parts) > 1 else [given]
+    for j, (_, own) in enumerate(named):
+        given[j] = {**own, **given[j]} if own and isinstance(given[j], Mapping) else given[j] or own
+    views = [_make(part, given[j], name, f"{stream}/{j}") for j, part in enumerate(parts)]
     return views[0] if len(views) == 1 else Composition(views)
+
+
+def _named(part: str) -> tuple[str, dict[str, Any]]:
+    """A view's name and the arguments that follow it: "skew:2", "motion:angle=30", "rotate:135,circle"."""
+    name, colon, text = (word.strip() for word in part.partition(":"))
+    names = list(inspect.signature(CLASSES[name]).parameters) if name in CLASSES else []
+    found: dict[str, Any] = {}
+    for i, word in enumerate(text.split(",") if colon else ()):
+        key, equals, value = (part.strip() for part in word.partition("="))
+        if not equals:  # a flag's name, or the value of the argument in this place
+            key, value = (key, "true") if key in names else (names[i] if i < len(names) else "", key)
+        found[key] = value
+        with contextlib.suppress(ValueError):  # words are left for the view to refuse
+            found[key] = json.loads(value)
+    return name, found
 
 
 def _entries(what: str, given: Any, count: int) -> Sequence[Any]:

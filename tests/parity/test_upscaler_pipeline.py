@@ -1,5 +1,7 @@
 """Stage III's schedule and its whole way from picture and prompt to picture, against diffusers'."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -90,6 +92,10 @@ def test_the_whole_pipeline_equals_the_reference(release, steps, level, scale):
         output_type="pt",
     ).images
     upscaler = load_upscaler(folder)
+
+    def config_in(name):
+        return json.loads((folder / name / "scheduler_config.json").read_text())
+
     text, null = upscaler.encode(prompts)
     upscale = UpscaleRecipe(num_inference_steps=steps, guidance_scale=scale, noise_level=level)
     assert upscaler.max_noise_level == 350
@@ -105,8 +111,8 @@ def test_the_whole_pipeline_equals_the_reference(release, steps, level, scale):
                 decode=upscaler.decoder.picture,
                 generators=[torch.Generator().manual_seed(seed) for seed in seeds],
                 upscale=upscale,
-                schedule=LatentSchedule.from_config(upscaler.scheduler_config("scheduler")[1], steps),
-                noise_levels=NoiseLevels.from_config(upscaler.scheduler_config("low_res_scheduler")[1]),
+                schedule=LatentSchedule.from_config(config_in("scheduler"), steps),
+                noise_levels=NoiseLevels.from_config(config_in("low_res_scheduler")),
             )
         )
         assert len(states) == states[0].num_steps == steps

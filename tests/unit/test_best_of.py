@@ -11,6 +11,7 @@ from mtl_anagram import Cascade, Recipe, generate_anagram
 from mtl_anagram.__main__ import main
 from mtl_anagram.errors import InputError, PromptWarning
 from mtl_anagram.evaluation.best_of import best_of, embed_finished
+from mtl_anagram.evaluation.gallery import find_made
 from mtl_anagram.evaluation.metrics import anagram_score
 from mtl_anagram.files.images import decode_png
 from tests.unit.tiny import write_cascade
@@ -26,6 +27,10 @@ def test_the_highest_score_goes_through_all_stages(cascade, one_thread, tmp_path
     assert sorted(c.anagram.seed for c in candidates) == [5, 6, 7]
     assert [c.score for c in candidates] == sorted((c.score for c in candidates), reverse=True)
     assert best.seed == candidates[0].anagram.seed
+    shown = find_made([tmp_path])  # the best one's candidate is the same picture
+    assert [(made.content["seed"], made.score) for made in shown] == [
+        (c.anagram.seed, c.score) for c in candidates
+    ]
     assert sorted(best.pictures) == [64, 256]
     small = decode_png((tmp_path / f"{best.seed:04d}/sample_64.png").read_bytes())
     other = decode_png(candidates[0].anagram.pictures[64].read_bytes())

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mtl_anagram import Cascade, InputError, PromptWarning, Recipe, UpscaleRecipe, View, generate_anagram
+from mtl_anagram.cascade.run import sample_jobs
 from mtl_anagram.files.images import encode_png
 from mtl_anagram.models import UNet, UNetConfig
 from mtl_anagram.sampling import DDIM, Combined, Schedule
@@ -192,6 +193,7 @@ SWITCHES = [
     ),
     *({"guidance_scale": 9.0}, {"guidance_rate": 50.0}, {"last_guided_step": 0}, {"map_resolution": 16}),
     *({"map_places": ("up",)}, {"solver": "ddim"}, {"solver": "dpm_solver_2m"}, {"overlap_target": 0.1}),
+    {"guidance_interval": (0.4, 1.0)},
 ]
 
 
@@ -202,6 +204,34 @@ def test_every_switch_changes_the_picture(cascade):
     for i, picture in enumerate(made):
         for other, recipe in zip(made[:i], recipes[:i], strict=True):
             assert (picture - other).abs().max() > 1e-5, f"{recipes[i]} is as {recipe}"
+
+
+def test_fused_passes_give_the_same_pictures(cascade_folder):
+    def made(fused, views=("identity", "flip"), **more):
+        models = Cascade.from_pretrained(cascade_folder, device="cpu", fused=fused)
+        return sample(
+            models, [1, 2], views=views, recipe=Recipe.released(num_inference_steps=3), **more
+        ).pictures
+
+    slow, fast = made(None), made("torch")
+    for size in (8, 32):
+        assert (slow[size] - fast[size]).abs().max() < 1e-3  # rounding, which random weights amplify
+    with pytest.raises(InputError, match="more than move pixels"):
+        made("torch", views=("identity", Half()))
+    with pytest.raises(InputError, match="fused='cuda'"):
+        made("cuda")
+
+
+class Half(View):
+    """A view of one's own that fused passes cannot take."""
+
+    def move(self, x):
+        return x
+
+    move_back = move
+
+    def inverse_view(self, prediction, channels=3):
+        return prediction if prediction.shape[-3] == channels else prediction / 2
 
 
 # Parts of one's own
@@ -301,3 +331,43 @@ def test_a_view_whose_inverse_does_not_undo_it_is_refused_at_the_call(cascade):
 
     with pytest.raises(InputError, match="shift.*inverse_view must undo view"):
         cascade.sample(["a duck", "a rabbit"], ["identity", Shift()], size=16)
+
+
+def test_threads_whose_requests_share_batches(cascade_folder):
+    """What several threads ask at the same time is joined, what fits no batch waits, what fails fails alone."""
+    own, rows = Cascade.from_pretrained(cascade_folder, device="cpu", max_batch=3), []
+    own.unet_1.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    words = {"prompts": ("a cat", "a dog"), "views": ("rotate_180", "negate")}
+    runs = [sample(own, i, **(words if i % 2 else {})) for i in range(6)] + [sample(own, 6, size=16)]
+    broken = sample(own, 7)
+    broken.text = lambda: 1 / 0
+    with ThreadPoolExecutor(8) as pool:
+        failed = pool.submit(lambda: broken.pictures)
+        made = [future.result() for future in [pool.submit(lambda run=run: run.pictures) for run in runs]]
+        with pytest.raises(ZeroDivisionError):
+            failed.result()
+    assert max(rows) > 2 * 2  # more than one guided picture of two views
+    own.joined = None
+    for run, pictures in zip(runs, made, strict=True):
+        for size, alone in run.only(run.seeds).pictures.items():
+            assert torch.allclose(alone, pictures[size], atol=1e-4)
+    with pytest.raises(InputError, match="max_batch=0"):
+        Cascade.from_pretrained(cascade_folder, max_batch=0)
+
+
+def test_several_runs_pictures_in_one_batch(cascade):
+    """Each image with its own prompts, views and concepts, as it would be alone."""
+    recipe = Recipe.released(num_inference_steps=3, map_resolution=32)
+    words = {"prompts": ("a [duck] pond", "a cat"), "views": ("rotate_180", "negate")}
+    runs = [sample(cascade, [3, 8], recipe=recipe), sample(cascade, 3, recipe=recipe, **words)]
+    assert runs[0].joins(runs[1])
+    assert not runs[0].joins(sample(cascade))
+    jobs = [(runs[0], 3), (runs[1], 3), (runs[0], 8)]
+    made = {}
+    for part, stage, state in sample_jobs(jobs, 2):
+        if state.index + 1 == state.num_steps:
+            made |= {(*job, stage): x for job, x in zip(part, state.x.clone(), strict=True)}
+    for run in runs:
+        for stage, pictures in enumerate(run.pictures.values(), start=1):
+            for seed, picture in zip(run.seeds, pictures, strict=True):
+                assert torch.allclose(made[run, seed, stage], picture, atol=1e-4)

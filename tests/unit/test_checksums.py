@@ -7,10 +7,10 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-import mtl_anagram.models.checksums as module
+import mtl_anagram.files.checksums as module
 from mtl_anagram import InputError, SourceError, generate_anagram
+from mtl_anagram.files.checksums import SAMPLED, checksum_of, combined_checksum
 from mtl_anagram.generate import repeat_anagram
-from mtl_anagram.models.checksums import SAMPLED, checksum_of, combined_checksum
 
 
 def sha256(path):

@@ -85,6 +85,9 @@ def test_the_recipe(generate):
         "--no-rectification --guidance-scale 7 --solver ddim": Recipe.released(
             rectification=False, guidance_scale=7, solver="ddim"
         ),
+        "--stage-2-guidance-scale 1 --guidance-interval 0.2 1": Recipe.released(
+            stage_2_guidance_scale=1, guidance_interval=(0.2, 1)
+        ),
     }.items():
         assert generate(words + " --overwrite") == 0
         assert metadata()["request"]["recipe"] == {**recipe.to_dict(), "num_inference_steps": 1}

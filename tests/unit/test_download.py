@@ -104,7 +104,7 @@ def hub(cascade_folder, tmp_path, monkeypatch):
     upscaler = root / IF_M["stage_3"] / "tokenizer"
     upscaler.mkdir(parents=True)
     shutil.copyfile(cascade_folder / "noise_clip" / "merges.txt", upscaler / "merges.txt")
-    for tower in glide.TOWERS:
+    for tower in glide.PARAMETERS:
         state = load_file(cascade_folder / "noise_clip" / f"{tower}.safetensors")
         torch.save(state, tmp_path / f"{tower}.pt")
         monkeypatch.setitem(glide.PARAMETERS, tower, sum(t.numel() for t in state.values()))
@@ -256,7 +256,7 @@ def test_offline_names_what_is_missing(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "stage_1/scheduler/scheduler_config.json" not in fetch(if_m())
     next(hub.cache.rglob("spiece.model")).unlink()
-    with pytest.raises(SourceError, match="tokenizer/spiece.model is not there.*HF_HUB_OFFLINE"):
+    with pytest.raises(SourceError, match="has no tokenizer/spiece.model.*HF_HUB_OFFLINE"):
         fetch(if_m())
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from mtl_anagram import Cascade, Protocol, Recipe, evaluate, generate_anagram
 from mtl_anagram.__main__ import main
 from mtl_anagram.errors import InputError
+from mtl_anagram.evaluation.partners import measure_partners, partners_of
 from mtl_anagram.evaluation.protocol import as_table, choose_pairs, interval, report
 from mtl_anagram.files.images import decode_png
 from mtl_anagram.models import Judge
@@ -259,3 +260,25 @@ def test_without_numpy(cascade_folder, tmp_path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "all read" in done.stdout
+
+
+def test_partners(cascade, judge, one_thread, tmp_path) -> None:
+    """Every pair under every view, best first; a name's own, with its article or without."""
+    quick = dataclasses.replace(cascade.recipe, num_inference_steps=1)
+    found = Cascade.from_pretrained(cascade.sources["stage_1"].parent, device="cpu")
+    found.recipe = quick
+    options = {
+        "names": ["duck", "cat", "house"],
+        "views": ("flip", "rotate_ccw"),
+        "seeds": (0, 1),
+        "judge": judge,
+    }
+    rows = measure_partners(found, tmp_path, **options)
+    assert {row[:3] for row in rows} == {
+        (*pair, view) for pair in choose_pairs(options["names"]) for view in options["views"]
+    }
+    assert rows == sorted(rows, key=lambda row: (row.read, row.score), reverse=True)
+    assert partners_of(tmp_path / "partners.json") == rows
+    assert partners_of(tmp_path / "partners.json", "a cat") == [row for row in rows if "cat" in row]
+    with pytest.raises(InputError, match="'dog'.*cat, duck, house"):
+        partners_of(tmp_path / "partners.json", "dog")

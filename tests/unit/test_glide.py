@@ -51,7 +51,7 @@ def server():
 def pickled_folder(folder):
     """A folder as users have it: two .pt files and the merges; returns their states."""
     tiny.write_clip(folder)
-    states = {tower: load_file(folder / f"{tower}.safetensors") for tower in glide.TOWERS}
+    states = {tower: load_file(folder / f"{tower}.safetensors") for tower in glide.PARAMETERS}
     for tower, state in states.items():
         torch.save(state, folder / f"{tower}.pt")
         (folder / f"{tower}.safetensors").unlink()

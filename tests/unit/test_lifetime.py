@@ -8,6 +8,7 @@ import torch
 
 from mtl_anagram import Cascade, InputError, Recipe, SourceError, WeightsError
 from mtl_anagram.cascade import models
+from mtl_anagram.models.machine import Memory
 from tests.unit import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,7 +70,8 @@ def test_one_at_a_time_loads_each_once_after_the_one_before_is_gone(cascade_fold
 
 def test_auto_keeps_all_where_there_is_room_and_one_where_there_is_not(cascade_folder, monkeypatch):
     def keeps(free):
-        monkeypatch.setattr(models, "free_memory", lambda device: free)
+        found = None if free is None else Memory(free, free)
+        monkeypatch.setattr(models, "memory_of", lambda device: found)
         return Cascade.from_pretrained(cascade_folder, device="cpu").keeps_all
 
     weights = sum(path.stat().st_size for path in cascade_folder.rglob("*.safetensors"))

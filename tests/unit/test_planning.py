@@ -11,7 +11,7 @@ import mtl_anagram.models.planning as planning
 from mtl_anagram import Cascade, InputError
 from mtl_anagram.__main__ import main
 from mtl_anagram.models import load_unet
-from mtl_anagram.models.machine import Memory, free_memory, memory_of
+from mtl_anagram.models.machine import Memory, memory_of
 from mtl_anagram.models.planning import FITS, OVERHEAD, STREAMED, TIGHT, TOO_LARGE, UNKNOWN, describe, plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,4 +144,4 @@ def test_a_containers_limit_and_an_unknown_system(monkeypatch, tmp_path):
         used.write_text("3000")
         assert memory_of(CPU) == Memory(*found)
     monkeypatch.setattr(machine, "_system", lambda: None)
-    assert free_memory(CPU) is None
+    assert memory_of(CPU) is None

@@ -19,7 +19,7 @@ from mtl_anagram import (
     get_views,
     repeat_anagram,
 )
-from mtl_anagram.models.checksums import combined_checksum
+from mtl_anagram.files.checksums import combined_checksum
 from mtl_anagram.sampling import Combined
 from tests.unit.tiny_requests import files, maker, metadata, never, pictures
 

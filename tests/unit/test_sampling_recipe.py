@@ -52,7 +52,10 @@ def test_metadata_of_another_kind():
 
 BAD = {
     "num_inference_steps": (0, 1001, 30.0),
-    "guidance_scale": (-1, math.nan),
+    "guidance_scale": (-1, math.nan, 1e40),
+    "stage_2_guidance_scale": (-1, 1001),
+    "guidance_interval": (0.5, (0.5,), (0.5, 0.2), (0.0, 1.5), ("0", 1)),
+    "guidance_rate": (1e40,),
     "balancing": (1,),
     "scorer_range": ("full",),
     "overlap_target": (0.6,),

@@ -358,3 +358,35 @@ def test_numbers_that_are_not_finite_name_the_step():
 
     with pytest.raises(InputError, match=r"gradient is not finite at step 1 \(t=500\)"):
         list(stage1(unet=Steep()))
+
+
+def test_what_maps_are_asked_for_is_said_once_a_run():
+    """A context that knows its columns, as a UNet's does, is asked once, and the maps get its answer."""
+    asked = []
+
+    class Words:
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __getitem__(self, rows):
+            return Words(self.rows[rows])
+
+        def columns(self, spans):
+            asked.append(tuple(spans))
+            return spans
+
+    class Prepared(Network):
+        def prepare(self, text):
+            return Words(super().prepare(text))
+
+        def forward(self, x, t, text, class_labels=None):
+            return super().forward(x, t, text.rows, class_labels)
+
+        def text_maps(self, x, t, text, spans, **more):
+            return super().text_maps(x, t, text.rows, spans, **more)
+
+    unet, plainly = Prepared(), Network()
+    states, expected = list(stage1(unet=unet)), list(stage1(unet=plainly))
+    assert torch.equal(states[-1].x, expected[-1].x)
+    assert sum(call[0] == "maps" for call in unet.calls) > 1
+    assert len(asked) == 1

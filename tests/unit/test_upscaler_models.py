@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mtl_anagram.errors import ConfigError, SourceError
+from mtl_anagram.models.configs import TEXT_FIXED, UNET_FIXED, VAE_FIXED
 from mtl_anagram.models.upscaler import (
     AutoencoderConfig,
     CLIPTextConfig,
@@ -20,7 +21,6 @@ from mtl_anagram.models.upscaler import (
     UpscalerUNet,
     UpscalerUNetConfig,
 )
-from mtl_anagram.models.upscaler.configs import TEXT_FIXED, UNET_FIXED, VAE_FIXED
 from tests.helpers import relative
 from tests.unit.tiny_upscaler import TEXT, UNET, VAE, write_tokenizer
 

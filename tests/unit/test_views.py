@@ -7,10 +7,22 @@ import pytest
 import torch
 
 from mtl_anagram.errors import InputError
-from mtl_anagram.views import VIEW_NAMES, View, get_views
+from mtl_anagram.views import View, get_views
+from mtl_anagram.views.registry import KINDS
 
-EVERY = [*VIEW_NAMES, "rotate_cw+negate", "jigsaw+skew+patch_permute"]
-SQUARES = ("rotate_cw", "rotate_ccw", "jigsaw", "inner_circle", "square_hinge", *EVERY[-2:])
+EVERY = [kind.name for kind in KINDS if kind.reduce == "mean"]  # components are in test_factorized.py
+EVERY += ["rotate:20,circle", "reflect:20,circle", "rotate_cw+negate", "jigsaw+skew+patch_permute"]
+SQUARES = (
+    "rotate_cw",
+    "rotate_ccw",
+    "jigsaw",
+    "inner_circle",
+    "square_hinge",
+    "transpose",
+    "rotate",
+    "reflect",
+)
+SQUARES += (*EVERY[-4:],)
 
 
 def make(name: str, side: int = 64) -> View:

@@ -69,17 +69,51 @@ PUBLISHED = {
 }
 
 
+OWN = {
+    "mirror": lambda n: lambda r, c: (r, n - 1 - c),
+    "transpose": lambda n: lambda r, c: (c, r),
+    "translate:0.25,-0.5": lambda n: lambda r, c: ((r + n // 2) % n, (c - n // 4) % n),
+    "rotate:90": PUBLISHED["rotate_ccw"],
+    "rotate:-180": PUBLISHED["rotate_180"],
+    "rotate:90,circle": lambda n: (
+        lambda r, c: (c, n - 1 - r) if (2 * r - n + 1) ** 2 + (2 * c - n + 1) ** 2 <= n**2 else (r, c)
+    ),
+    "reflect:0": PUBLISHED["flip"],
+    "reflect:135": lambda n: lambda r, c: (c, r),
+}
+SOURCES = PUBLISHED | OWN
+
+
 @pytest.mark.parametrize("size", [64, 256])
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", SOURCES)
 def test_every_pixel_comes_from_where_the_published_view_takes_it(name, size):
     (view,) = get_views([name], seed=SEED)
-    source, sign = PUBLISHED[name](size), -1 if name == "negate" else 1
+    source, sign = SOURCES[name](size), -1 if name == "negate" else 1
     numbers = torch.arange(size * size).reshape(1, size, size).float() + 1
     wanted = [
         [sign * (a * size + b + 1) for a, b in (source(r, c) for c in range(size))] for r in range(size)
     ]
     assert view.view(numbers)[0].tolist() == wanted
     assert torch.equal(view.inverse_view(torch.tensor([wanted] * 3).float()), numbers.expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("circle", ["", ",circle"])
+@pytest.mark.parametrize(
+    "name,mirrored", [("rotate:30", 0), ("rotate:-135", 0), ("rotate:171", 0), ("reflect:80", 1)]
+)
+def test_turns_by_any_angle_are_a_pixel_near_the_true_ones(name, mirrored, circle):
+    n, angle = 64, float(name.split(":")[1])
+    sources = get_views([name + circle])[0].sources(n, n)
+    assert torch.equal(sources.flatten().sort().values, torch.arange(n * n))
+    place = torch.arange(n) - (n - 1) / 2
+    seen = torch.complex(place.expand(n, n), -place[:, None].expand(n, n))
+    turn = torch.polar(torch.tensor(1.0), torch.deg2rad(torch.tensor(angle)))
+    true = turn**2 * seen.conj() if mirrored else seen / turn
+    off, disc = (true - seen.flatten()[sources]).abs(), seen.abs() <= n / 2
+    assert off[seen.abs() < 0.9 * n / 2].max() < 1.25
+    if circle:  # nothing leaves the disc, or comes in; all but a few pixels of its rim are right
+        assert torch.equal(sources[~disc], torch.arange(n * n).view(n, n)[~disc])
+        assert (off[disc] > 1.25).float().mean() < 0.015
 
 
 @pytest.mark.parametrize("size,seed,pieces", [(64, 4522, 4), (256, 1, 4), (64, 2, 2), (60, 3, 5), (96, 4, 6)])

@@ -59,6 +59,15 @@ def test_a_seed_stands_for_a_permutation():
     assert random.getstate() == globally[1]
 
 
+def test_arguments_in_a_views_name():
+    words = "skew:2 jigsaw:6 motion:angle=30 rotate:10,circle flip+translate:-0.25,down=0.5 patch_permute:4"
+    skew, jigsaw, motion, rotate, both, patches = get_views(words.split(), [{}, {"seed": 1}, *[None] * 4])
+    assert (skew.factor, jigsaw.num_pieces, jigsaw.seed) == (2.0, 6, 1)
+    assert motion.arguments() == {"length": 7.0, "angle": 30.0}
+    assert (rotate.arguments(), both.views[1].down) == ({"angle": 10.0, "circle": True}, 0.5)
+    assert patches.seed == get_views(["flip"] * 5 + ["patch_permute"])[5].seed  # is drawn as before
+
+
 def test_the_hosts_defaults_do_not_matter():
     x, named = picture(), [name for name in VIEW_NAMES if name != "permutation"]
 
@@ -134,7 +143,9 @@ def test_an_index_view_of_the_users_own():
 @pytest.mark.parametrize(
     "names,view_args,named",
     [
-        (["rotate"], None, "'rotate'; did you mean 'rotate_.*are identity, flip, "),
+        (["rotat"], None, "'rotat'; did you mean 'rotate.*are identity, flip, "),
+        (["rotate:steep"], None, "angle='steep'.*finite number"),
+        (["motion:7,30,2"], None, "'motion' takes length, angle"),
         ([Blinds()], [{"bands": 4}], "blinds.*view_args"),
         (["flip+"], None, "unknown view '' in 'flip.'. The views are identity, flip, "),
         (["flip"], [{"factor": 1}], "factor.*'flip' takes no arguments"),

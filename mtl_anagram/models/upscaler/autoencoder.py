@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ..attention import attention
-from .configs import AutoencoderConfig
+from ..configs import AutoencoderConfig
 
 BAND = 1 << 24  # values of a band of the wider map, 64 MiB in float32
 NORM_EPS = 1e-6  # of every norm; the config has no field for it
@@ -37,7 +37,7 @@ def convolve(
     """
     stride, times = conv.stride[0], 2 if double else 1
     before, height, width = 2 - stride, times * x.shape[-2], times * x.shape[-1]
-    scale, shift = affine(norm, x) if norm is not None else (None, None)
+    normed = None if norm is None else affine(norm, x)
 
     def part(start: int, stop: int) -> Tensor:
         top, bottom = start * stride - before, (stop - 1) * stride - before + 3
@@ -45,8 +45,9 @@ def convolve(
         h = x[:, :, first // times : (last + times - 1) // times]
         if double:
             h = F.interpolate(h, scale_factor=2.0)[:, :, first % 2 : first % 2 + last - first]
-        if norm is not None and scale is not None and shift is not None:
-            h = F.silu(torch.addcmul(shift, h.to(scale.dtype), scale)).to(norm.weight.dtype)
+        if normed is not None:
+            scale, shift = normed
+            h = F.silu(torch.addcmul(shift, h.to(scale.dtype), scale)).to(conv.weight.dtype)
         h = F.pad(h, (before, 1, max(-top, 0), max(bottom - height, 0)))
         h = F.conv2d(h, conv.weight, conv.bias, stride)
         return h if skip is None else h + skip[0](skip[1][:, :, start:stop])
@@ -136,9 +137,8 @@ class Trunk(nn.Module):
         self.levels = f"{'up' if up else 'down'}_blocks"
         setattr(self, self.levels, nn.ModuleList())
         for i, width in enumerate(widths):
-            inner = [widths[max(i - 1, 0)]] + [width] * (
-                config.layers_per_block - 1 + up
-            )  # the way up has one more
+            # The way up has one more.
+            inner = [widths[max(i - 1, 0)]] + [width] * (config.layers_per_block - 1 + up)
             level = nn.ModuleDict({"resnets": nn.ModuleList(Resnet(w, width, groups) for w in inner)})
             if i < len(widths) - 1:
                 level["upsamplers" if up else "downsamplers"] = nn.ModuleList([Resampler(width, up=up)])
@@ -152,9 +152,8 @@ class Trunk(nn.Module):
     def layers(self) -> list[nn.Module]:
         """All between the outer convolutions, in order."""
         levels = cast("Iterable[nn.ModuleDict]", getattr(self, self.levels))
-        outer = [
-            layer for level in levels for part in level.values() for layer in cast("nn.ModuleList", part)
-        ]
+        parts = [cast("nn.ModuleList", part) for level in levels for part in level.values()]
+        outer = [layer for part in parts for layer in part]
         (attend,), (before, after) = (cast("nn.ModuleList", part) for part in self.mid_block.values())
         return [before, attend, after, *outer] if self.up else [*outer, before, attend, after]
 
@@ -165,18 +164,25 @@ class Trunk(nn.Module):
         return convolve(self.conv_out, x, band, norm=self.conv_norm_out)
 
 
-class LatentDecoder(nn.Module):
-    """Latents to pictures: `post_quant_conv.` and `decoder.` of the published autoencoder."""
+class Half(nn.Module):
+    """What both directions share."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
-        self.decoder = Trunk(config.latent_channels, config.out_channels, config, up=True)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.post_quant_conv.weight.dtype
+        return next(self.parameters()).dtype
+
+
+class LatentDecoder(Half):
+    """Latents to pictures: `post_quant_conv.` and `decoder.` of the published autoencoder."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__(config)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.decoder = Trunk(config.latent_channels, config.out_channels, config, up=True)
 
     def forward(self, z: Tensor, *, band: int | None = BAND) -> Tensor:
         """z (B, 4, h, w) latents, not scaled -> pictures (B, 3, 4h, 4w), about in [-1, 1], in z's dtype.
@@ -190,18 +196,13 @@ class LatentDecoder(nn.Module):
         return torch.cat([self(z, band=band) for z in (latents / self.config.scaling_factor).split(1)])
 
 
-class LatentEncoder(nn.Module):
+class LatentEncoder(Half):
     """Pictures to latents: `encoder.` and `quant_conv.`; published stage III has no use for it, views="all" has."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder = Trunk(config.in_channels, 2 * config.latent_channels, config, up=False)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.quant_conv.weight.dtype
 
     def forward(self, x: Tensor, *, band: int | None = BAND) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], sides multiples of 4 -> latents (B, 4, H/4, W/4), not scaled.

@@ -1,17 +1,15 @@
 """Stage III from a folder or the hub: its parts, each loaded when first needed, strictly."""
 
-import gc
 from collections.abc import Callable
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, whole_number
 from ...files.hub import Source, read_json
-from ..checksums import optional_file
+from ..configs import AutoencoderConfig, CLIPTextConfig, UpscalerUNetConfig
 from ..loading import (
     TEXT_BASE,
     UNET_BASE,
@@ -22,8 +20,8 @@ from ..loading import (
     resolve_dtype,
     shards_of,
 )
+from ..releases import optional_file
 from .autoencoder import LatentDecoder, LatentEncoder
-from .configs import AutoencoderConfig, CLIPTextConfig, UpscalerUNetConfig
 from .text import CLIPTextTower, UpscalerTokenizer
 from .unet import UpscalerUNet
 
@@ -94,11 +92,6 @@ class Upscaler:
         level = MAX_NOISE_LEVEL if path is None else read_json(path).get("max_noise_level", MAX_NOISE_LEVEL)
         return whole_number(f"{path}: max_noise_level", level, 0, 999, error=ConfigError)
 
-    def scheduler_config(self, name: str) -> tuple[Path, dict[str, Any]] | None:
-        """The scheduler_config.json in the folder `name`, "scheduler" or "low_res_scheduler"; None without."""
-        path = optional_file(self.source, name, "scheduler_config.json")
-        return None if path is None else (path, read_json(path))
-
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> (text (V, 77, D), null (1, 77, D)), the states of the prompts and of the empty one."""
@@ -113,14 +106,6 @@ class Upscaler:
         self._load(CLIPTextTower, "text_encoder", self.text_config, check=True)
         for half in (LatentDecoder, LatentEncoder)[: 1 + encoder]:
             self._load(half, "vae", self.autoencoder_config, check=True)
-
-    def release(self, *names: str) -> None:
-        """Forget networks ("unet", "decoder", ...; none named = all) and give their memory back."""
-        for name in names or ("unet", "decoder", "encoder", "text_encoder"):
-            self.__dict__.pop(name, None)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _load(self, kind: Callable[[C], P], subfolder: str, config: C, *, check: bool = False) -> P:
         """A network from its files; check = on the meta device, when the files' headers fit it.

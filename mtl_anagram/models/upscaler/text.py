@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ...errors import InputError, SourceError
 from ...files.hub import Source, open_source, read_json, require
 from ..attention import multi_head
+from ..configs import CLIPTextConfig
 from ..tokenizers import END, START, CLIPTokenizer, checked_text, words
-from .configs import CLIPTextConfig
 
 PAD = "!"  # the released special_tokens_map.json's, over tokenizer_config.json's end token
 

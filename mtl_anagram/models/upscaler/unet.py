@@ -9,8 +9,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention import attention, split
-from ..unet_blocks import MIDDLE, Block, NamedAttention, Number, Resnet, TimestepEmbedding, UNetBase
-from .configs import UpscalerUNetConfig
+from ..configs import UpscalerUNetConfig
+from ..unet_blocks import MIDDLE, Block, NamedAttention, Number, Resnet, TimestepEmbedding, UNetBase, upconv
 
 TRANSFORMER_NORM_EPS = 1e-6  # of the group norm before a transformer; the config has no field for it
 
@@ -93,7 +93,7 @@ class Resampler(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1, stride=1 if self.up else 2)
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
-        return self.conv(F.interpolate(h, scale_factor=2.0) if self.up else h)
+        return upconv(self.conv, h) if self.up else self.conv(h)
 
 
 class UpscalerUNet(UNetBase):

@@ -1,0 +1,192 @@
+"""What makes the networks fast changes nothing: each form against the plain one, in values, gradients and memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mtl_anagram import Cascade, InputError
+from mtl_anagram.models import UNet, UNetConfig
+from mtl_anagram.models.attention import attention_with_columns
+from mtl_anagram.models.unet_blocks import scaled_norm, upconv
+from tests.helpers import relative
+from tests.unit.tiny import STAGE_1
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Largest(TorchDispatchMode):
+    """The number of values of the largest tensor that any operation makes, gradients' too."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.values = max(self.values, tensor.numel())
+        return made
+
+
+def plain(q, k, v, columns, scale=None):
+    """The output and the asked columns from the whole softmax."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    p = torch.softmax(q @ k.transpose(-1, -2) * scale, -1)
+    return p @ v, p[..., : columns.shape[1]] @ columns[:, None].to(p)
+
+
+def compare(form, dtype=torch.float32, queries=70, keys=85, width=20, tolerance=1e-5, **options):
+    """Both results and all three gradients of a form, against those of `plain` in float64."""
+    draws = torch.Generator().manual_seed(0)
+    q, k, v = (
+        # As a UNet makes them: heads beside each other in memory.
+        torch.randn(2, rows, 3, width, generator=draws).to(dtype).transpose(1, 2).requires_grad_()
+        for rows in (queries, keys, keys)
+    )
+    columns = torch.zeros(2, 66, 3)
+    columns[0, [2, 65], [0, 1]] = 1
+    columns[1, [0, 9, 10], [0, 1, 2]] = 1
+    results, exact = (
+        form(q, k, v, columns, **options),
+        [x.detach().double().requires_grad_() for x in (q, k, v)],
+    )
+    wanted = plain(*exact, columns, **options)
+    grads = [torch.randn(x.shape, generator=draws) for x in wanted]
+    results += torch.autograd.grad(
+        results, (q, k, v), [g.to(x.dtype) for g, x in zip(grads, results, strict=True)]
+    )
+    wanted += torch.autograd.grad(wanted, exact, [g.double() for g in grads])
+    assert results[1].dtype == torch.float32
+    for value, expected in zip(results, wanted, strict=True):
+        assert relative(value.double(), expected) < tolerance
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"queries": 3, "width": 32}])
+def test_token_maps_equal_those_of_the_whole_softmax(options):
+    compare(attention_with_columns, **options)
+    compare(attention_with_columns, torch.bfloat16, tolerance=0.03, **options)
+
+
+def test_the_softmax_is_never_there_as_a_whole():
+    q, k, v = (torch.randn(1, 2, 256, 8, requires_grad=True) for _ in range(3))
+    columns = torch.eye(5)[None, :, :2]
+    with Largest() as seen:
+        out, chosen = attention_with_columns(q, k, v, columns)
+        torch.autograd.grad(out.sum() + chosen.square().sum(), (q, k, v))
+    assert 2 * 256 * 16 <= seen.values < 2 * 256 * 256 / 4
+
+
+IN_TRITON = (
+    "from mtl_anagram.models.triton_attention import attention_with_columns as form, _forward, _backward\n"
+)
+INTERPRETED = """
+import torch
+from tests.unit.test_fast_networks import compare
+compare(form)
+compare(form, scale=0.3, queries=3, keys=66, width=32)
+compare(form, torch.float16, tolerance=5e-3)
+"""
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+for kernel, more in ((_forward, {}), (_backward, {"of_keys": False}), (_backward, {"of_keys": True})):
+    constants = {"block": 64, "width_block": 64, "asked_block": 16, **more}
+    of = {"scale": "fp32", **dict.fromkeys(("heads", "queries", "keys", "tokens", "width", "asked"), "i32")}
+    of |= dict.fromkeys(("columns", "chosen", "log_sums", "d_chosen", "shared"), "*fp32")
+    of |= dict.fromkeys(constants, "constexpr")
+    signature = {name: of.get(name, "*fp16") for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    assert "mma" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
+"""
+
+
+@pytest.mark.parametrize("script, interpret", [(INTERPRETED, "1"), (COMPILED, "0")])
+def test_the_triton_kernel(script, interpret, tmp_path):
+    """Its numbers by Triton's interpreter; and that it compiles for a GPU, which accepts less and need not be there."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", IN_TRITON + script], cwd=ROOT, env=environment, check=True)
+
+
+def test_token_maps_are_chosen_by_name():
+    unet = UNet(UNetConfig.from_dict(STAGE_1)).eval().requires_grad_(False)
+    for name, said in (
+        ("triton", "triton"),
+        ("flash", "token_maps='flash' must be one of 'fused', 'triton'"),
+    ):
+        unet.token_maps = name
+        with pytest.raises(InputError, match=said):
+            unet.text_maps(torch.zeros(1, 3, 16, 16), 1, torch.zeros(1, 5, 16), (0, 1), resolution=8)
+
+
+def test_a_doubled_maps_convolution():
+    conv = torch.nn.Conv2d(3, 5, 3, padding=1).double()
+    for height, width in ((16, 24), (2, 3)):  # enough pixels for the short way, and too few
+        x = torch.randn(2, 3, height, width, dtype=torch.float64)
+        expected, found = conv(F.interpolate(x, scale_factor=2.0)), upconv(conv, x)
+        assert relative(found, expected) < 1e-12
+        mine, wanted = (torch.autograd.grad(y.sin().sum(), conv.weight)[0] for y in (found, expected))
+        assert relative(mine, wanted) < 1e-12
+
+
+def test_a_norm_with_scale_and_shift():
+    norm, x = torch.nn.GroupNorm(2, 6).double(), torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    for rows in (1, 3):
+        scale, shift = torch.randn(2, rows, 6, 1, 1, dtype=torch.float64)
+        expected = norm(x) * scale + shift
+        assert relative(scaled_norm(norm, x, scale.flatten(1), shift.flatten(1)), expected) < 1e-12
+
+
+@torch.no_grad()
+def test_rows_go_through_in_blocks_that_do_not_grow():
+    unet = UNet(UNetConfig.from_dict({**STAGE_1, "block_out_channels": [8, 8], **LEVELS})).eval()
+    x, text, t = torch.randn(600, 3, 16, 16), torch.randn(600, 2, 16), torch.arange(600)
+    largest, ran = {}, []
+    unet.conv_in.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    for rows in (256, 600):
+        context = unet.prepare(text[:rows])
+        with Largest() as seen:
+            found = unet(x[:rows], t[:rows], context)
+        largest[rows] = seen.values
+    assert ran == [256, 200, 200, 200]  # 256 rows of 16 x 16 x 8 values are what goes at once
+    assert largest[600] <= largest[256]
+    for row in (0, 199, 200, 599):
+        alone = unet(x[row, None], t[row], text[row, None])
+        assert relative(found[row, None], alone) < 1e-5
+
+
+LEVELS = {
+    "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"],
+    "up_block_types": ["SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
+}
+
+
+def test_a_compiled_cascade(cascade, cascade_folder):
+    """Calls go through one graph without breaks, token maps stay outside of it; both are what they were."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, unet = (
+        Cascade.from_pretrained(cascade_folder, device="cpu", compile="eager").unet_1,
+        cascade.unet_1,
+    )
+    x, t, text = torch.randn(2, 3, 16, 16), torch.tensor(500), torch.randn(2, 4, 16)
+    with torch.no_grad():
+        context = unet.prepare(text)
+        assert relative(compiled(x, t, context), unet(x, t, context)) < 1e-5
+        maps, expected = (u.text_maps(x, t, context, (1, 3), resolution=8) for u in (compiled, unet))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert all(torch.equal(maps[name], expected[name]) for name in expected)
+
+
+def test_compile_is_yes_no_or_a_backend(cascade_folder):
+    with pytest.raises(InputError, match="compile=3"):
+        Cascade.from_pretrained(cascade_folder, device="cpu", compile=3)

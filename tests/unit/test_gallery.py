@@ -1,0 +1,262 @@
+"""What was made, shown: films, the page in a real browser, sheets, previews, and what the command lists."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from mtl_anagram import InputError, Preview, Recipe, generate_anagram
+from mtl_anagram.__main__ import main
+from mtl_anagram.evaluation.gallery import animate, find_made, write_page
+from mtl_anagram.files import outputs
+from mtl_anagram.files.animation import RATE, encode_animation
+from mtl_anagram.files.images import decode_png, encode_png, to_uint8
+from mtl_anagram.views import VIEW_NAMES, get_views
+from tests.unit.test_motion import picture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PROMPTS = ["a duck", "a </script> rabbit", "a hat"]
+
+
+def write(folder, seed, names, sizes=(64,), shape=(64, 64)):
+    """A finished seed's folder, as generate_anagram writes it."""
+    views = get_views(names)
+    for size in sizes:
+        grown = [side * (size if isinstance(size, int) else shape[0]) // shape[0] for side in shape]
+        outputs.write_pictures(outputs.folder_of(folder, seed), size, picture(*grown), views)
+    request = {"style": "", "recipe": Recipe.plain().to_dict(), "views": [v.to_metadata() for v in views]}
+    request["prompts"] = [PROMPTS[i % 3] for i in range(len(names))]
+    return outputs.finish(folder, seed, request, sizes, {}, ()).folder
+
+
+def test_films_of_all_seeds(tmp_path):
+    """Each view is held, in turn, and the last goes over into the first; the picture that is held is the view's."""
+    write(tmp_path, 3, ["identity", "rotate_cw", "negate"])
+    write(tmp_path, 4, ["flip", "identity"], sizes=(64, 128, 512))
+    made = dict(animate(tmp_path, seconds=0.2))
+    kinds = ["gif", "webp", *["mp4"] * (shutil.which("ffmpeg") is not None)]
+    names = [f"0003/sample_64.{kind}" for kind in kinds] + [f"0004/sample_128.{kind}" for kind in kinds]
+    assert [path.relative_to(tmp_path).as_posix() for path in made] == names
+    assert not any(made.values())
+    three, four = find_made([tmp_path])
+    ways, room = three.ways()
+    assert (room, [len(way.motions) for way in ways]) == (13, [0, 1, 1])
+    for kind in ("gif", "webp"):
+        film = Image.open(three.file.with_suffix(f".{kind}"))
+        assert (film.n_frames, film.info["loop"]) == (3 * 4, 0)
+        for i, way in enumerate(ways):
+            film.seek(4 * i)
+            film.load()
+            assert film.info["duration"] == 1000
+            held = torch.tensor(list(film.convert("RGB").tobytes())).view(film.height, film.width, 3)
+            held = held[4 * room : 4 * room + 256 : 4, 4 * room : 4 * room + 256 : 4].permute(2, 0, 1)
+            assert (held - to_uint8(way.at(1)).int()).abs().float().mean() < (10 if kind == "gif" else 4)
+    if "mp4" in kinds:
+        assert four.file.with_suffix(".mp4").read_bytes()[4:8] == b"ftyp"
+    assert all(there for path, there in animate(tmp_path, seconds=0.2) if path.suffix != ".mp4")
+    with pytest.raises(InputError, match="gif is there.*--overwrite"):
+        list(animate(tmp_path / "0003", seconds=0.4))
+    assert not dict(animate(tmp_path / "0003", seconds=0.4, overwrite=True))[three.file.with_suffix(".gif")]
+    outputs.clear(three.file.parent)
+    assert not list(three.file.parent.iterdir())
+
+
+def test_one_view_is_one_frame_and_no_ffmpeg_is_no_film(tmp_path, monkeypatch):
+    folder = write(tmp_path, 0, ["rotate_cw"], sizes=((32, 32),), shape=(32, 32))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (gif, _), (webp, _) = animate(folder)
+    assert (gif.name, webp.suffix, Image.open(gif).n_frames) == ("sample_32x32.gif", ".webp", 1)
+    assert encode_animation([picture()], [RATE], "mp4") is None
+
+
+def test_what_cannot_be_shown(tmp_path):
+    with pytest.raises(InputError, match="no metadata.json"):
+        find_made([tmp_path / "none"])
+    folder = write(tmp_path, 0, ["identity", "flip"])
+    with pytest.raises(InputError, match="size="):
+        find_made([folder], 0)
+    (folder / "sample_64.png").unlink()
+    with pytest.raises(InputError, match="cannot be shown"):
+        write_page([folder], tmp_path / "page.html")
+
+
+def test_the_order_is_that_of_the_scores(tmp_path):
+    for seed in (1, 2, 3):
+        write(tmp_path / "out/candidates", seed, ["identity", "flip"], sizes=(32,), shape=(32, 32))
+    write(tmp_path / "out", 2, ["identity", "flip"])
+    write(tmp_path / "other", 0, ["identity"])
+    (tmp_path / "out/candidates/scores.json").write_text(json.dumps({"1": 0.2, "2": 0.3, "3": -1.5}))
+    found = find_made([tmp_path])
+    assert [made.content["seed"] for made in found] == [2, 1, 3, 0]
+    assert [made.score for made in found] == [0.3, 0.2, -1.5, None]
+    assert found[0].file == tmp_path / "out/0002/sample_64.png"
+
+
+# In the page a click, a key and a drag turn a picture; what its canvas shows then is handed out.
+DRIVER = """<script>(async () => {
+  const wait = async done => { while (!done()) await new Promise(then => setTimeout(then, 20)); };
+  await wait(() => "ready" in document.body.dataset);
+  const found = [];
+  for (const button of document.querySelectorAll("button")) {
+    const canvas = button.querySelector("canvas"), images = [canvas.toDataURL()];
+    const labels = [button.getAttribute("aria-label")];
+    const count = button.parentElement.querySelectorAll("details p").length;
+    const turned = async view => {
+      await wait(() => button.dataset.view === String(view));
+      images.push(canvas.toDataURL());
+      labels.push(button.getAttribute("aria-label"));
+    };
+    for (let view = 1; view < count; view++) { button.click(); await turned(view); }
+    const point = (name, x, buttons) => button.dispatchEvent(new PointerEvent(name,
+      {pointerId: 1, clientX: x, buttons, bubbles: true}));
+    button.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
+    await turned(0);
+    point("pointerdown", 0, 1);
+    point("pointermove", button.clientWidth / 3, 1);
+    const half = canvas.toDataURL();
+    point("pointermove", button.clientWidth / 2, 1);
+    point("pointerup", button.clientWidth / 2, 0);
+    await turned(1);
+    button.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"}));
+    await turned(0);
+    found.push({images, labels, half, hidden: !button.parentElement.querySelector("details").open});
+  }
+  window.found = JSON.stringify(found);
+})();</script>"""
+
+
+def browse(page, profile, *flags):
+    """What the driver, at the page's end, finds in a headless Chromium, which the DevTools protocol speaks to."""
+    page.write_text(page.read_text().replace("SECONDS = 1.2", "SECONDS = 0.1") + DRIVER)
+    words = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    )
+    words += f"--disable-component-update --disable-sync --remote-debugging-pipe --user-data-dir={profile}"
+    start = ["bash", "-c", 'exec "$0" "$@" 3<&0 4>&1', CHROMIUM, *words.split(), *flags]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    session = {}
+    with subprocess.Popen(start, **streams) as process:
+
+        def call(method, **params):
+            asked = {"id": 1, "method": method, "params": params, **session}
+            process.stdin.write(json.dumps(asked).encode() + b"\0")
+            process.stdin.flush()
+            while True:
+                text = b"".join(iter(lambda: process.stdout.read(1), b"\0"))
+                if "id" in (answer := json.loads(text)):
+                    return answer["result"]
+
+        session = call(
+            "Target.attachToTarget", flatten=True, **call("Target.createTarget", url="about:blank")
+        )
+        call("Page.navigate", url=page.as_uri())
+        try:
+            for _ in range(600):
+                time.sleep(0.1)
+                found = call("Runtime.evaluate", expression="window.found", returnByValue=True)["result"]
+                if "value" in found:
+                    return json.loads(found["value"])
+            raise AssertionError("the page did not turn all its pictures")
+        finally:
+            call("Browser.close")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.parametrize("flags", [[], ["--force-prefers-reduced-motion"]])
+def test_the_page_in_a_browser(tmp_path, flags):
+    names = ("flip", "jigsaw", "pixel_permute", "inner_circle", "rotate_cw+negate")
+    others = [name for name in VIEW_NAMES if name not in (*names, "permutation")]
+    rows = [*(["identity", name] for name in names), ["rotate_ccw", *others]]
+    for seed, row in enumerate(rows[::5] if flags else rows):
+        write(tmp_path / "out", seed, row)
+    page = tmp_path / "page.html"
+    assert write_page([tmp_path / "out"], page) == len(list((tmp_path / "out").iterdir()))
+    assert not re.findall(r"https?://|<link|src=|import\(", page.read_text())
+    cards = browse(page, tmp_path / "profile", *flags)
+    for card, made in zip(cards, find_made([tmp_path / "out"]), strict=True):
+        ways, room = made.ways()
+
+        def decoded(url):
+            return decode_png(base64.b64decode(url.partition(",")[2]))
+
+        shown = [decoded(url) for url in card["images"]]
+        for canvas, i in zip(shown, [*range(len(ways)), 0, 1, 0], strict=True):
+            expected = decode_png(encode_png(ways[i].at(1)))
+            assert torch.equal(canvas[:, room:-room, room:-room], expected)
+        half = next((way for way in ways[:2] if way.motions), None)
+        if sum(bool(way.motions) for way in ways[:2]) == 1:
+            assert (decoded(card["half"]) - half.at(0.5, room)).abs().mean() < 0.08
+        names = [view["name"] for view in made.content["request"]["views"]]
+        assert all(names[i] in card["labels"][i] for i in range(len(ways)))
+        assert card["hidden"]
+        assert not any(prompt in label for prompt in PROMPTS for label in card["labels"])
+
+
+def test_a_preview_in_a_file_and_in_a_notebook(cascade, tmp_path, monkeypatch):
+    """Every step rewrites one file; where IPython runs, one image is displayed, and then updated."""
+    calls = []
+    handle = SimpleNamespace(update=lambda image: calls.append(("update", image)))
+    display = SimpleNamespace(
+        Image=bytes, display=lambda image, display_id: calls.append(("new", image)) or handle
+    )
+    notebook = SimpleNamespace(get_ipython=lambda: True, display=display)
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    preview, steps = Preview(tmp_path / "now.png"), []
+
+    def on_step(seeds, stage, state):
+        preview(seeds, stage, state)
+        row = torch.cat(list(state.x0), dim=-1)
+        assert (tmp_path / "now.png").read_bytes() == encode_png(row)
+        steps.append(row.shape)
+
+    recipe = Recipe.plain(num_inference_steps=2)
+    readings = (["a duck", "a rabbit"], ["identity", "flip"])
+    request = {"model": cascade, "recipe": recipe, "seed": [5, 7], "size": 8}
+    made = generate_anagram("a sketch of", *readings, tmp_path / "out", on_step=on_step, **request)
+    assert steps == [(3, 8, 16)] * 2 + [(3, 32, 64)] * 2
+    assert [kind for kind, _ in calls] == ["new", "update", "update", "update"]
+    sheet = decode_png((tmp_path / "out/seeds.png").read_bytes())
+    for one in made:  # each seed's strip lies on the sheet
+        strip = decode_png((one.folder / "sample_8.views.png").read_bytes())
+        windows = sheet.unfold(1, strip.shape[1], 1).unfold(2, strip.shape[2], 1)
+        assert (windows == strip[:, None, None]).all(0).flatten(2).all(-1).any()
+
+
+def test_the_commands(cascade_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(Path("out"), 6, ["identity", "rotate_180"])
+    assert main(["animate", "out", "--seconds", "0.1"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["out/0006/sample_64.gif", "out/0006/sample_64.webp"]
+    assert main(["page", "out/0006", "out", "--out", "all.html"]) == 0
+    assert "1 anagrams" in capsys.readouterr().out
+    write(Path("out"), 7, ["identity", "flip"])
+    assert main(["page", "out", "--out", "all.html"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["page", "out", "--out", "all.html", "--overwrite"]) == 0
+    assert main(["views", "--sheet", "views.png"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:-1]
+    assert [re.match(r"\w+", line)[0] for line in lines] == list(VIEW_NAMES)
+    assert any(
+        "num_pieces: int = 4" in line and "a multiple of 4" in line and "square" in line for line in lines
+    )
+    assert Image.open("views.png").width > 500
+    own = Path(shutil.copytree(cascade_folder, "own"))
+    (own / "cascade.json").write_text(
+        json.dumps({"name": "own", "concepts": ["duck", "cat"], "styles": ["ink"]})
+    )
+    assert main(["concepts", "--model", "own"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["concepts: duck, cat", "styles: ink"]
+    words = ["--model", "own", "--device", "cpu", "--size", "8", "--steps", "1", "--no-balancing", "--quiet"]
+    readings = ["generate", "a duck", "a cat", "--views", "identity", "flip", "--preview", "now.png"]
+    assert main([*readings, *words, "--no-anti-segregation", "--out", "new"]) == 0
+    assert Image.open("now.png").size == (32, 32)

@@ -1,0 +1,243 @@
+"""Pictures of one's own, to start from (SDEdit) or with a component that is kept; the table of views, in all stages."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtl_anagram import InputError, Recipe, SourceError, repeat_anagram
+from mtl_anagram.__main__ import main
+from mtl_anagram.files.images import decode_png, save_picture
+from mtl_anagram.sampling import DDIM, Schedule, sample_stage2
+from mtl_anagram.views import get_views
+from tests.unit.test_sampling_stages import Network, generators, stage1, texts
+from tests.unit.tiny_requests import files, maker, metadata, never
+from tests.unit.tiny_upscaler import write_upscaler
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PLAIN = Recipe.plain(num_inference_steps=5)
+GRAY = torch.full((3, 3), 1 / 3)
+
+
+def picture(height, width=None, seed=5):
+    """Of 8 bits, so that a file of it is as good."""
+    drawn = torch.randint(0, 256, (3, height, width or height), generator=torch.Generator().manual_seed(seed))
+    return drawn / 127.5 - 1
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.6])
+def test_a_reference_against_the_closed_form(shared):
+    """Colours of every pixel ~ N(mean, cov), a linear network: all that is sampled is Gaussian, and known.
+
+    Where brightness and colour are independent (shared = 0), that is the posterior given the reference's brightness.
+    """
+    steps, mean = 120, torch.tensor([0.1, -0.05, 0.0])
+    basis = torch.linalg.qr(torch.tensor([[1.0, 1, 0], [1, -1, 1], [1, 0, -1]]))[0]  # brightness, two colours
+    cov = torch.diag(torch.tensor([0.03, 0.02, 0.01]))
+    cov[0, 1] = cov[1, 0] = shared * (cov[0, 0] * cov[1, 1]).sqrt()
+    cov, known, schedule = basis @ cov @ basis.T, torch.tensor([0.5, 0.2, -0.1]), Schedule.stage_1(steps)
+
+    def gain(t):
+        kept, noisy = schedule.roots(int(t))
+        return kept, noisy, noisy * torch.linalg.inv(kept**2 * cov + noisy**2 * torch.eye(3))
+
+    def unet(x, t, text):
+        kept, _, matrix = gain(t)
+        noise = torch.einsum("oc,rchw->rohw", matrix, x - kept * mean[:, None, None])
+        return torch.cat([noise, torch.zeros_like(noise)], dim=1)
+
+    found = list(
+        stage1(
+            range(4), views=get_views(["identity"]), text=texts(1), unet=unet, spans=None, step=DDIM(schedule),
+            recipe=Recipe.plain(num_inference_steps=steps, guidance_scale=1),
+            reference=(known[:, None, None].expand(4, 3, 64, 64), get_views(["grayscale"])[0]),
+        )
+    )  # fmt: skip
+    m, p, rest = torch.zeros(3), torch.eye(3), torch.eye(3) - GRAY
+    for state, t, t_next in zip(found, schedule.timesteps, (*schedule.timesteps[1:], -1), strict=True):
+        kept, noisy, matrix = gain(t)
+        kept_next, noisy_next = schedule.roots(t_next)
+        a = (
+            kept_next / kept * (torch.eye(3) - noisy * matrix) + noisy_next * matrix
+        )  # of DDIM, which is linear
+        b = (kept_next / kept * noisy - noisy_next) * kept * matrix @ mean
+        m = rest @ (a @ m + b) + GRAY @ (kept_next * known)
+        p = rest @ a @ p @ a.T @ rest + noisy_next**2 * GRAY
+        x = state.x.transpose(0, 1).flatten(1)
+        torch.testing.assert_close(x.mean(1), m, rtol=0, atol=0.02)
+        torch.testing.assert_close(x.cov(), p, rtol=0.05, atol=0.04 * p.max().item())
+    torch.testing.assert_close(GRAY @ x, (GRAY @ known)[:, None].expand_as(x))  # the reference's own
+    if not shared:
+        torch.testing.assert_close(x.mean(1), rest @ mean + GRAY @ known, rtol=0, atol=0.003)
+        torch.testing.assert_close(x.cov(), rest @ cov @ rest, rtol=0.05, atol=0.001)
+
+
+def test_a_start_is_noised_to_the_level_where_the_steps_begin():
+    begun, schedule, unet, seen = picture(64)[None], Schedule.stage_1(5), Network(), []
+    given = {"text": texts(1), "views": get_views(["identity"]), "spans": None, "recipe": PLAIN}
+    first = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for strength, index in ((1.0, 0), (0.6, 2), (0.01, 4)):
+        seen.clear()
+        states = stage1(unet=lambda *a: (seen.append(a[0]), unet(*a))[1], start=(begun, strength), **given)
+        assert [(s.index, s.timestep) for s in states] == list(enumerate(schedule.timesteps))[index:]
+        torch.testing.assert_close(seen[0][:1], schedule.add_noise(begun, first, schedule.timesteps[index]))
+    for wrong in ((begun, 0.0), (begun, 1.1), (begun[..., :32], 0.5), (begun * 3, 0.5)):
+        with pytest.raises(InputError, match="strength|start"):
+            stage1(start=wrong, **given)
+
+
+def test_a_cascades_pictures_keep_the_references_component(cascade):
+    photo, sample = (
+        picture(64) * 0.3,
+        {"prompts": ["a duck", "a cat"], "views": ["identity", "flip"], "size": 16},
+    )
+    small, calls = F.interpolate(photo[None], (16, 16), mode="bilinear", antialias=True)[0], []
+
+    def dimmer(x, index, t_next):
+        calls.append(index)
+        return x * 0.4  # so that no value leaves the range
+
+    run = cascade.sample(
+        seeds=[3, 4], recipe=PLAIN, reference=photo, reference_view="grayscale", after=dimmer, **sample
+    )
+    for size, wanted in ((16, small), (64, photo)):
+        found = run.pictures[size].mean(1)
+        torch.testing.assert_close(found, wanted.mean(0).expand_as(found), rtol=0, atol=5e-3)  # 8 bits
+    assert calls == [0, 1, 2, 3, 4] * 2  # a rule of one's own goes on
+    released = {**sample, "recipe": Recipe.released(num_inference_steps=2), "stop_after": 16}
+    steps = [step.state.loss is not None for step in cascade.sample(**released)]
+    assert steps == [True, False]  # and so does anti-segregation
+
+
+def test_less_strength_leaves_more_of_the_start_in_each_stage(cascade):
+    photo, sample = picture(64), {"prompts": ["a duck"], "views": ["flip"], "recipe": PLAIN, "size": 16}
+    small = F.interpolate(photo[None], (16, 16), mode="bilinear", antialias=True)[0]
+
+    def moved(strength, size, start):
+        return (
+            (cascade.sample(start_from=photo, strength=strength, **sample).pictures[size] - start)
+            .abs()
+            .mean()
+        )
+
+    assert moved(0.2, 16, small) < moved(0.6, 16, small) < moved(1, 16, small)
+    assert (
+        moved([0, 0.2], 64, photo)
+        < moved([0, 0.6], 64, photo)
+        < moved([0, 1], 64, photo)
+        < moved(0, 64, photo)
+    )
+    run = cascade.sample(start_from=photo, strength=[0, 0.4], **sample)
+    assert [(step.stage, step.state.index) for step in run] == [(1, 4), (2, 3), (2, 4)]
+    torch.testing.assert_close(run.pictures[16][0], small, rtol=0, atol=1e-6)
+
+
+def test_stage_2_alone_enlarges_a_picture(cascade):
+    small = picture(16)
+    run = cascade.sample(["a duck"], ["flip"], 7, recipe=PLAIN, size=16, start_from=small, strength=0)
+    text, null = cascade.encode(["a duck"])
+    *_, last = sample_stage2(
+        cascade.unet_2, small[None], text, null, run.views, score=None, generators=generators(7), recipe=PLAIN,
+        size=64, schedule=cascade.schedule(2, 5),
+    )  # fmt: skip
+    torch.testing.assert_close(run.pictures[64], last.x)
+    torch.testing.assert_close(run.pictures[16][0], small)
+
+
+REQUESTS = [
+    {"start_from": "photo.png", "strength": 0.5},
+    {"start_from": "photo.png", "strength": [0, 0.5], "views": ["low_pass", "rotate_180+high_pass"]},
+    {"reference": "photo.png", "reference_view": "motion:5,30", "start_from": "other.png"},
+]
+
+
+@pytest.mark.parametrize("changes", REQUESTS, ids=lambda changes: ",".join(changes))
+def test_files_metadata_and_the_same_picture_again(cascade, tmp_path, changes):
+    make = maker(tmp_path, cascade)
+    for i, name in enumerate(("photo.png", "other.png")):
+        save_picture(tmp_path / name, picture(128, seed=i))
+    named = {k: tmp_path / v if str(v).endswith("png") else v for k, v in changes.items()}
+    made = make(**named)[0]
+    own = {name for name in changes if name in ("start_from", "reference")}
+    assert {f"{name}.png" for name in own} <= set(files(made.folder))
+    assert set(metadata(made)["request"]) & {"start_from", "reference"} == own
+    assert make(**named, on_step=never)[0].skipped
+    for name in own:  # a tensor of the same pixels is the same picture; another one is not
+        assert make(**named | {name: decode_png((made.folder / f"{name}.png").read_bytes())}, on_step=never)[
+            0
+        ].skipped
+        with pytest.raises(InputError, match=f"different: {name}"):
+            make(**named | {name: picture(32, seed=9)}, on_step=never)
+    again = repeat_anagram(made.folder / "metadata.json", tmp_path / "again", model=cascade)
+    assert files(again.folder) == files(made.folder)
+    copied = shutil.copytree(made.folder, tmp_path / "copied")
+    save_picture(copied / f"{min(own)}.png", picture(32, seed=9))
+    with pytest.raises(InputError, match="not the picture that was there"):
+        repeat_anagram(copied, tmp_path / "b", model=cascade)
+    (copied / f"{min(own)}.png").unlink()
+    with pytest.raises(SourceError, match=f"{min(own)}.png"):
+        repeat_anagram(copied, tmp_path / "b", model=cascade)
+
+
+WRONG = [
+    ({"reference": picture(16, 24)}, "reference is 24 x 16 px.*crop"),
+    ({"start_from": "none.jpg"}, "none.jpg.*check its path"),
+    ({"start_from": __file__}, "test_given.py.*no.*picture"),
+    ({"start_from": picture(16) * 200}, "start_from has values up to"),
+    ({"start_from": picture(16)[0]}, "start_from has shape"),
+    ({"start_from": picture(16), "strength": 1.5}, "strength=1.5.*at most 1"),
+    ({"start_from": picture(16), "strength": [0.5, 0]}, "strength=0.*above 0"),
+    ({"start_from": picture(16), "strength": 0, "stop_after": 16}, "a stage II must follow"),
+    ({"strength": 0.5}, "start_from="),
+    ({"reference_view": "low_pass"}, "reference="),
+    ({"reference": picture(16), "reference_view": "flip"}, "must be a component"),
+    ({"reference": picture(16), "reference_view": "motion:fast"}, "length='fast'"),
+]
+
+
+@pytest.mark.parametrize("changes,match", WRONG, ids=[match for _, match in WRONG])
+def test_what_cannot_be_used_is_refused_at_the_call(cascade, changes, match):
+    with pytest.raises((InputError, SourceError), match=match):
+        cascade.sample(["a duck"], ["identity"], **{"recipe": PLAIN, "size": 16, **changes})
+
+
+# The table of views
+
+
+TABLE = """
+8    low_pass high_pass
+8    triple_low_pass triple_medium_pass triple_high_pass
+8    grayscale rotate_cw+color
+8    motion:9,30 motion_res:9,30
+8    scale scale:0.25 flip+scale:0.25
+8    identity rotate:135 rotate:30,circle reflect:20
+8    transpose mirror translate:0.5,0.25 skew:2 jigsaw:2
+8x16 low_pass rotate_180+high_pass
+8x16 identity flip rotate_180 negate mirror
+8x16 translate skew patch_permute:4
+"""
+
+
+@pytest.mark.parametrize("row", TABLE.strip().splitlines())
+def test_the_table_through_all_stages_by_the_command(cascade_folder, tmp_path, monkeypatch, row):
+    monkeypatch.chdir(tmp_path)
+    (size, *names), stage_3 = row.split(), write_upscaler(tmp_path / "stage_3")
+    words = f"--views {' '.join(names)} --size {size} --steps 2 --stage-3-steps 1 --stage-3-views all --quiet"
+    words += f" --model {cascade_folder} --stage-3 {stage_3} --device cpu --out out"
+    assert (
+        main(
+            ["generate", *["a duck", "a rabbit", "a cat", "a house", "the sea"][: len(names)], *words.split()]
+        )
+        == 0
+    )
+    for times in (1, 4, 16):
+        sides = [times * int(side) for side in size.split("x")]
+        content = (tmp_path / f"out/0000/sample_{'x'.join(map(str, sides))}.png").read_bytes()
+        assert decode_png(content).shape == (3, sides[0], sides[-1])
+
+
+@pytest.mark.parametrize("name", ["rotate_cw", "rotate:30", "reflect", "transpose", "jigsaw", "inner_circle"])
+def test_views_of_squares_refuse_others(cascade, name):
+    with pytest.raises(InputError, match=r"size=\(16, 24\).*square"):
+        cascade.sample(["a duck"], [name], size=(16, 24))
