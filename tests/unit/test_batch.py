@@ -200,7 +200,7 @@ def test_damage_is_found_said_and_made_again(cascade, small, tmp_path, caplog):
     assert pictures_of(made_by(out)) == pictures_of(undisturbed)
 
 
-def test_a_full_disk_loses_nothing(cascade, small, tmp_path):
+def test_a_full_disk_and_a_read_only_folder_lose_nothing(cascade, small, tmp_path, monkeypatch):
     (path, undisturbed), out = small, tmp_path / "out"
 
     def full():  # no file may be longer than this, as on a disk that has no more room
@@ -216,6 +216,10 @@ def test_a_full_disk_loses_nothing(cascade, small, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SourceError, match="is a file"):
         batch(path, tmp_path / "file" / "out", model=cascade)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(SourceError, match="cannot be written to"):
+        batch(path, out, model=cascade)
+    assert pictures_of(made_by(out)) == pictures_of(undisturbed)
 
 
 def test_what_kills_its_worker_twice_is_set_aside(cascade, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shlex
 import subprocess
@@ -54,6 +55,26 @@ def test_cells_are_made_once_and_go_on(cascade, judge, one_thread, tmp_path) -> 
     table = as_table(first)
     assert table.count("\n") == 7
     assert "| rotate_180 | balancing | 4 |" in table
+
+
+def test_processes_share_the_cells(cascade, judge, one_thread, tmp_path) -> None:
+    """Two at one folder, as torchrun starts them: each cell is sampled once, and both know all in the end."""
+    fork = multiprocessing.get_context("fork")
+
+    def work(name: str) -> None:
+        made = []
+        cascade.unet_1.register_forward_pre_hook(lambda module, given: made.append(1))
+        found = evaluate(cascade, PROTOCOL, tmp_path, judge=judge)
+        (tmp_path / name).write_text(json.dumps([len(made), found]))
+
+    children = [fork.Process(target=work, args=(name,)) for name in ("one", "two")]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    (first, report_1), (second, report_2) = (json.loads((tmp_path / n).read_text()) for n in ("one", "two"))
+    assert report_1 == report_2 == evaluate(cascade, PROTOCOL, tmp_path, judge=judge)
+    assert first + second == 2 * 2 * 2  # cells of one step each
 
 
 def test_what_changed_is_made_anew_and_nothing_else(judge, one_thread, tmp_path) -> None:

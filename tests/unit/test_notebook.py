@@ -21,5 +21,5 @@ def test_the_notebook_runs(tmp_path):
     shown = [[kind for output in cell.outputs for kind in output.get("data", {})] for cell in code]
     assert ["image/png" in shown[1], "image/png" in shown[2], "image/gif" in shown[3]] == [True] * 3
     assert shown[1].count("image/png") == 1  # the preview is one picture, which changed
-    assert any("3 anagrams" in output.get("text", "") for output in code[-1].outputs)
+    assert any("4 anagrams" in output.get("text", "") for output in code[-1].outputs)
     assert (tmp_path / "notebook/page.html").stat().st_size > 100_000
