@@ -22,7 +22,7 @@ from ..cascade.run import Job
 from ..errors import AnagramError, InputError, SourceError, whole_number
 from ..files import outputs
 from ..files.atomic import remove_leftovers, write_atomically
-from ..files.claims import Claims, locked
+from ..files.claims import Claims, locked, restarted
 from ..files.hub import Source
 from ..files.outputs import Anagram
 from ..files.prompt_cache import PromptCache
@@ -158,7 +158,7 @@ class _Batch:
 
     def _begin(self) -> None:
         """The manifest as the folders are: what is damaged is said and made anew, as what failed in another launch."""
-        launch = all(os.environ.get(name, "0") == "0" for name in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
+        launch = os.environ.get("RANK", "0") == "0" and not restarted()
         with locked(self.folder / STATE / LOCK):  # no other process writes meanwhile
             remove_leftovers(self.folder)
             before, lines = self._manifest(), []

@@ -12,6 +12,7 @@ from ..cascade import Cascade
 from ..errors import InputError, SourceError
 from ..files.atomic import write_atomically
 from ..files.hub import read_json
+from ..files.outputs import check_folder
 from .protocol import Protocol, choose_pairs, measure
 
 TABLE = "partners.json"
@@ -50,7 +51,7 @@ def measure_partners(
     about: dict[str, Any] = {"model": cascade.name, "style": style, "seeds": list(protocol.seeds)}
     lines = ",\n  ".join(map(json.dumps, partners))
     text = f'{json.dumps(about)[:-1]}, "rows": [\n  {lines}\n]}}\n'
-    write_atomically(Path(folder) / TABLE, text.encode())
+    write_atomically(check_folder(folder) / TABLE, text.encode())
     return partners
 
 

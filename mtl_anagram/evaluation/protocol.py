@@ -128,7 +128,7 @@ def evaluate(cascade: Cascade, protocol: Protocol, folder: str | Path, **options
     Writes what `measure` does, whose options it takes, and FOLDER/report.json.
     """
     summary = report(measure(cascade, protocol, folder, **options), protocol.temperature)
-    write_atomically(Path(folder) / "report.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_atomically(check_folder(folder) / "report.json", (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
 
@@ -152,9 +152,6 @@ def measure(
     cascade.source("noise_clip")  # InputError where there is none
     if judge is not None:
         judge.index([name for names in protocol.pairs for name in names])
-    for cell in cells:
-        if cell[2] in (cells[0][2], cells[-1][2]):  # with every recipe and view
-            protocol.run(cascade, *cell, batch_size)
     checksums = cascade.checksums()
     clip = {name: value for name, value in checksums.items() if name.startswith("noise_clip/")}
     weights = judge and [json.dumps(judge.names).encode(), *map(bytes_of, judge.state_dict().values())]

@@ -43,6 +43,11 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield True
 
 
+def restarted() -> bool:
+    """Whether torchrun's agent has started this process again, in the same launch."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 class Claims:
     """Units of work by name, in a folder where every process of the work keeps its locks and marks.
 
@@ -73,8 +78,8 @@ class Claims:
                 time.sleep(POLL)
 
     def killed(self, name: str) -> bool:
-        """Whether a unit was at work when its worker was killed, in this launch (torchrun's agent counts restarts)."""
-        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and self._mark(name).exists()
+        """Whether a unit was at work when its worker was killed, in this launch."""
+        return restarted() and self._mark(name).exists()
 
     @contextmanager
     def begun(self, name: str) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -303,14 +303,18 @@ class _Run(Run):
 
         return predict
 
+    @cached_property
+    def left(self) -> Tensor:
+        """The share of white noise's power that the views' filters leave, on average."""
+        z = unit_noise(*self.sides)
+        return from_views(to_views(z, self.views), self.views).square().mean() / z.square().mean()
+
     def scale(self, noise: Tensor, weights: Tensor) -> Tensor:
         if not self.sums or not self.recipe.rectification:
             return super().scale(noise, weights)
         # A sum loses power where filters overlap and predictions differ. It gets the predictions' own, which is the
         # parts' over what the filters leave of white noise: about what it has where predictions agree.
-        z = unit_noise(*self.sides)
-        left = from_views(to_views(z, self.views), self.views).square().mean() / z.square().mean()
-        target = noise.square().mean(dim=(1, 2, 3, 4)) / left
+        target = noise.square().mean(dim=(1, 2, 3, 4)) / self.left
         return scale_of(noise.sum(dim=1).square().mean(dim=(1, 2, 3)), target)
 
     def combine(self, prediction: Prediction, index: int, t: int) -> Combined:

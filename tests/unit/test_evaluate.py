@@ -39,8 +39,9 @@ def judge() -> Judge:
     return Judge(["duck", "rabbit", "cat", "house"], widths=(8, 8, 8, 8)).eval()
 
 
-def test_cells_are_made_once_and_go_on(cascade, judge, one_thread, tmp_path) -> None:
-    first = evaluate(cascade, PROTOCOL, tmp_path, judge=judge)
+def test_cells_are_made_once_and_go_on(cascade, judge, one_thread, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    first = evaluate(cascade, PROTOCOL, f"~/{tmp_path.name}", judge=judge)
     files = sorted((tmp_path / "cells").glob("*.json"))
     assert len(files) == 2 * 2 * 2
     assert json.loads((tmp_path / "report.json").read_text()) == first
