@@ -81,6 +81,8 @@ class SamplingRun:
         self.spans = list(spans) if request.segregates else None
         self.made: dict[Size, dict[int, Tensor]] = {size: {} for size in request.sizes}
         self.rules, self._steps = hooks_by_stage(hooks), self._run()
+        # By seed, stage I's picture and its generator then: where this is no None, stage I is done once for all `only`.
+        self.begun: dict[int, tuple[Tensor, torch.Generator]] | None = None
 
     def __iter__(self) -> Iterator[CascadeStep]:
         return self
@@ -100,9 +102,11 @@ class SamplingRun:
         return {size: torch.stack([made[s] for s in self.seeds]) for size, made in self.made.items()}
 
     def only(self, seeds: list[int], stages: int | None = None) -> SamplingRun:
-        """The same request from its beginning, of these seeds and the first stages alone; None = all that it has."""
+        """The same request, of these seeds and the first stages alone; None = all that it has."""
         request = replace(self.request, sizes=self.request.sizes[:stages])
-        return SamplingRun(self.models, request, seeds, self.batch_size, self.hooks)
+        other = SamplingRun(self.models, request, seeds, self.batch_size, self.hooks)
+        other.begun = self.begun
+        return other
 
     def _run(self) -> Iterator[CascadeStep]:
         for jobs, stage, state in sample_jobs([(self, seed) for seed in self.seeds], self.batch_size):
@@ -176,7 +180,6 @@ def sample_jobs(jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[Sequence
     request, stages = first.request, range(1, 1 + len(first.sizes))
     schedules = {stage: models.schedule(stage, request.recipe.num_inference_steps) for stage in stages[:2]}
     texts = {run: run.text() for run in dict.fromkeys(run for run, _ in jobs)}
-    null = texts[first][1]
 
     @cache
     def shared(runs: tuple[SamplingRun, ...]) -> tuple[Tensor, Sequence[Any], Any, Score | None]:
@@ -193,18 +196,19 @@ def sample_jobs(jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[Sequence
         runs = tuple(run for run, _ in batch)
         text, views, spans, score = shared(runs[:1] if len({*runs}) == 1 else runs)
         generators = [drawn[job] for job in batch]
-        low_res = torch.stack([made[job] for job in batch]) if stage > 1 else text
+        there = all(job in made for job in batch)
+        low_res = torch.stack([made[job] for job in batch]) if there else text
+        if stage == 1 and there:
+            return iter([_as_given(low_res, schedules[1].num_inference_steps, len(views))])
         if stage == 3:
             return runs[0].upscaled(low_res, score, generators)
         own: dict[str, Any] = {"score": score, "generators": generators, "recipe": request.recipe}
         own |= {"size": request.sizes[stage - 1], "schedule": schedules[stage], "fused": models.fused}
         own |= first.rules[stage] | request.given.arguments(stage, request.sizes[stage - 1], len(batch))
-        if "start" in own and own["start"][1] == 0:
-            return iter([_as_given(own["start"][0], schedules[stage].num_inference_steps, len(views))])
         if stage == 1:
-            return sample_stage1(models.unet_1, text, null, views, spans=spans, **own)
+            return sample_stage1(models.unet_1, text, texts[first][1], views, spans=spans, **own)
         own["noise_level"] = request.noise_level
-        return sample_stage2(models.unet_2, low_res, text, null, views, **own)
+        return sample_stage2(models.unet_2, low_res, text, texts[first][1], views, **own)
 
     shared((first,))  # what is wrong with the scorer, or damaged, shows now, not when stage I is done
     for stage in schedules:
@@ -213,9 +217,7 @@ def sample_jobs(jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[Sequence
     # Where the networks cannot be in memory together, all batches pass one stage before the next is loaded.
     together = models.keeps_all or len(stages) == 1
     for group in [[batch] for batch in batches] if together else [batches]:
-        # One generator per image serves all stages, as in the released code.
-        drawn = {job: torch.Generator("cpu").manual_seed(job[1]) for batch in group for job in batch}
-        made: dict[Job, Tensor] = {}  # the stage before's pictures
+        drawn, made = _beginnings([job for batch in group for job in batch])
         for stage in stages:
             parts = group
             if stage == 3:  # which has one text for all its pictures
@@ -224,7 +226,28 @@ def sample_jobs(jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[Sequence
                 for state in states(stage, part):
                     if state.index + 1 == state.num_steps:  # copies: the state is the caller's
                         made |= zip(part, state.x.clone(), strict=True)
+                        if stage == 1:
+                            _keep_begun({job: (made[job], drawn[job]) for job in part})
                     yield part, stage, state
+
+
+def _beginnings(jobs: Sequence[Job]) -> tuple[dict[Job, torch.Generator], dict[Job, Tensor]]:
+    """One generator per image for all stages, as in the released code; stage I's picture where it is there."""
+    drawn, made = {job: torch.Generator("cpu").manual_seed(job[1]) for job in jobs}, dict[Job, Tensor]()
+    for run, seed in jobs:
+        pictures, strength = run.request.given.arguments(1, run.sizes[0], 1).get("start", (None, 1))
+        if strength == 0:
+            made[run, seed] = pictures[0]
+        if run.begun is not None and seed in run.begun:
+            made[run, seed], generator = run.begun[seed]
+            drawn[run, seed] = generator.clone_state()
+    return drawn, made
+
+
+def _keep_begun(left: dict[Job, tuple[Tensor, torch.Generator]]) -> None:
+    for (run, seed), (picture, generator) in left.items():
+        if run.begun is not None:
+            run.begun[seed] = picture, generator.clone_state()
 
 
 class Joined:

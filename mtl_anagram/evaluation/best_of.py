@@ -68,6 +68,7 @@ def best_of(
     folder, cascade = check_folder(save_dir), cascade_of(model, device)
     cascade.source("noise_clip")  # InputError where there is none
     run = cascade.sample(prompts, views, range(seed, seed + count), style=style, **options)
+    run.begun = {}  # so that stage I of the best is not sampled again
     first, apart = run.only(run.seeds, stages=1), folder / "candidates"
     made = write_run(cascade, first, apart, overwrite, progress, on_step)
     pictures = [decode_png(anagram.pictures[run.sizes[0]].read_bytes()) for anagram in made]
