@@ -26,7 +26,7 @@ def add_protocol(add: Any) -> None:
     add("--recipes", nargs="+", metavar="RECIPE", help=f"some of: {names}; or the JSON file of a recipe's fields "
         "(default: all of these names; with --singles: plain)")  # fmt: skip
     add("--seed", nargs="+", default=["0-9"], metavar="N", help="seeds and ranges (default: 0-9)")
-    add("--style", default="a sketch of", help='words before every name (default: "a sketch of")')
+    add("--style", default="a poster of", help='words before every name (default: "a poster of")')
     add("--steps", type=int, help="denoising steps of every recipe (default: the model's)")
     add("--guidance-scale", type=float, help="of every recipe (default: the model's)")
     add("--size", type=int, default=64, help="64, or 256 to measure what stage II makes (default: 64)")
@@ -74,13 +74,13 @@ def add_request(add: Any, add_3: Any) -> None:
     add("prompts", nargs="+", metavar="PROMPT", help="one per view; [brackets] mark the concept")
     add("--views", nargs="+", required=True, metavar="VIEW", help="rotate:135, rotate_cw+negate, ...")
     add("--view-args", type=json.loads, metavar="JSON", help='a list, one per view: [null, {"seed": 3}]')
-    add("--style", default="", help='words before every prompt, such as "a sketch of"')
+    add("--style", default="", help='words before every prompt, such as "a poster of"')
     add("--negative", nargs="+", metavar="PROMPT", help="what not to draw: one for all, or one per view")
     add("--concepts", nargs="+", metavar="WORDS", help="per prompt; default: its last word")
     add("--seed", nargs="+", default=["0"], metavar="N", help="seeds and ranges: 9 12 20-27")
     add("--best-of", type=int, metavar="N", help="of N seeds from --seed on take the best by the CLIP")
     add("--recipe", choices=("released", "corrected", "plain"), help="default: the one the model comes with")
-    for option in ("--balancing", "--rectification", "--anti-segregation"):
+    for option in ("--balancing", "--rectification", "--anti-segregation", "--stage-2-noise-fit"):
         add(option, action=argparse.BooleanOptionalAction, help="switch, over the recipe")
     add("--steps", type=int, dest="num_inference_steps", metavar="N", help="default: the recipe's")
     add("--guidance-scale", type=float, metavar="SCALE", help="default: the recipe's")
@@ -140,7 +140,7 @@ def add_partners(add: Any) -> None:
     add("--measure", action="store_true", help="make one in --out from sampled pictures; it goes on")
     add("--concepts", nargs="+", metavar="NAME", help="whose (default: what the model has learnt to draw)")
     add("--views", nargs="+", default=["flip", "rotate_180", "rotate_ccw", "rotate_cw"], metavar="VIEW")
-    add("--style", default="a painting of", help='words before every name (default: "a painting of")')
+    add("--style", default="a poster of", help='words before every name (default: "a poster of")')
     add("--seed", nargs="+", default=["0-7"], metavar="N", help="seeds and ranges (default: 0-7)")
     add("--judge", metavar="FOLDER", help="the judge's folder (default: judge/ in the model's, if there)")
     add("--batch-size", type=int, default=8, help="pictures sampled at once (default: 8)")

@@ -50,8 +50,9 @@ class Recipe(Fields):
     "dpm_solver_2m", which draw no noise. balancing: weights by the views' scores, else equal; step/horizon is added to
     the exponent, None = num_inference_steps; floor: smallest score that counts as itself; scorer_range: a scorer is
     given "half" = x/2 + 0.5, or "signed" = x. rectification: rescale the combined noise; rectify_diagonal: "unit",
-    "measured". anti_segregation: gradient steps of length guidance_rate on the token maps' overlap, in stage I up to
-    step last_guided_step (0 first); overlap_measure: "overlap", "iou"; V views should overlap by overlap_target -
+    "measured". stage_2_noise_fit: rescale it by `noise_fit`, against the grain of a briefly trained stage II.
+    anti_segregation: gradient steps of length guidance_rate on the token maps' overlap, in stage I up to step
+    last_guided_step (0 first); overlap_measure: "overlap", "iou"; V views should overlap by overlap_target -
     overlap_slope (V - 1); map_resolution: side of the attention layers for pictures of 64 px, in proportion at other
     sizes; map_places: of "down", "mid", "up".
     """
@@ -75,9 +76,10 @@ class Recipe(Fields):
     map_resolution: int = 32
     map_places: tuple[str, ...] = ("down", "up")
     solver: str = "ddpm"
+    stage_2_noise_fit: bool = False
 
     _limits: ClassVar[dict[str, Limit]] = {
-        **dict.fromkeys(("balancing", "rectification", "anti_segregation"), bool),
+        **dict.fromkeys(("balancing", "rectification", "anti_segregation", "stage_2_noise_fit"), bool),
         "guidance_scale": MAX_SCALE, "overlap_slope": 0.5, "guidance_rate": 1e6,
         "num_inference_steps": range(1, 1001), "last_guided_step": range(10**9), "map_resolution": range(1, 65),
         "floor": 1.0, "overlap_target": 0.5, "scorer_range": SCORER_RANGES, "rectify_diagonal": DIAGONALS,

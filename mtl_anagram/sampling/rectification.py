@@ -1,8 +1,9 @@
-"""Noise variance rectification: one scale per image that gives the weighted mean of noises unit power."""
+"""Scales of noise, one per image: rectification, for the mean of several; the fit to the noise that is there."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import at_least_float32, choice, float_tensor
@@ -10,6 +11,7 @@ from ..errors import at_least_float32, choice, float_tensor
 DIAGONALS = ("unit", "measured")
 # Smallest power of the weighted mean, relative to the parts': noises that cancel are scaled up by at most 100.
 FLOOR = 1e-4
+FIT = 0.5, 3.0  # the least and the most that noise is scaled by to fit
 
 
 def second_moments(noise: Tensor) -> Tensor:
@@ -49,3 +51,22 @@ def scale_of(power: Tensor, target: Tensor | None = None) -> Tensor:
         return power.clamp(min=FLOOR).rsqrt()
     relative = power / torch.where(target > 0, target, 1.0)
     return torch.where(target > 0, relative.clamp(min=FLOOR).rsqrt(), 1.0)
+
+
+def noise_fit(noise: Tensor, x: Tensor, sigma: float) -> Tensor:
+    """Scale of predicted noise that explains x_t best: the least-squares fit of sigma noise to it, within FIT.
+
+    noise, x (B, C, H, W): the prediction and x_t; sigma: sqrt(1 - alpha_bar_t). Fitted without their 3x3 averages,
+    so that a picture's own detail counts little. A briefly trained network takes too strong noise for noise of the
+    schedule's strength; what it leaves adds up to grain (exposure bias; Ning et al. 2024, arXiv 2308.15321, scale by
+    one number a step).
+    Returns (B,) in float32 (or wider).
+    """
+    noise, x = (_fine(at_least_float32(part)) for part in (noise, x))
+    power = sigma * noise.square().sum(dim=(1, 2, 3))
+    return ((noise * x).sum(dim=(1, 2, 3)) / power.clamp(min=FLOOR)).clamp(*FIT)
+
+
+def _fine(x: Tensor) -> Tensor:
+    """What differs from the 3x3 average, at the border of what there is."""
+    return x - F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)

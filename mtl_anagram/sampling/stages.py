@@ -29,7 +29,7 @@ from .guidance import ViewLike, from_views, guide, to_views
 from .guidance import combine as weighted_sum
 from .loop import After, Combine, Combined, Prediction, Step, StepState, no_gradients, pair, sample
 from .recipe import Recipe
-from .rectification import rectify, scale_of
+from .rectification import noise_fit, rectify, scale_of
 from .schedule import Levels, Schedule
 from .solvers import DDIM, DDPM, DPMSolver2M
 
@@ -257,6 +257,7 @@ class _Run(Run):
                 low_res = low_res.to(self.text.device, torch.float32)
                 large = F.interpolate(low_res, self.sides, mode="bilinear", align_corners=True)
                 condition = self.schedule.add_noise(large, self.draw_picture(), noise_level)
+                step = self.fitted(step) if self.recipe.stage_2_noise_fit else step
             rows = [self.null, self.text] if self.guided else [self.text]
             self.context = self.prepared(torch.cat([row.flatten(0, 1) for row in rows]))
             self.prompts = self.context[-self.count * len(self.views) :]
@@ -264,6 +265,15 @@ class _Run(Run):
         after = after if self.reference is None else self.held(*self.reference, after)
         combine, times = combine or self.combine, self.schedule.timesteps
         yield from self.looked(sample(x, times, predict, combine, step, after=after, first=self.first))
+
+    def fitted(self, step: Step) -> Step:
+        """The step, with noise of the strength that x_t has."""
+
+        def fitted(combined: Combined, x: Tensor, t: int, t_next: int) -> Tensor | tuple[Tensor, Tensor]:
+            fit = noise_fit(combined.noise, x, self.schedule.roots(t)[1])[:, None, None, None]
+            return step(replace(combined, noise=combined.noise * fit), x, t, t_next)
+
+        return fitted
 
     def held(self, picture: Tensor, view: ViewLike, after: After | None) -> After:
         """The after that makes a component the reference's, once another has done its work."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mtl_anagram.errors import InputError
-from mtl_anagram.sampling import Recipe, Schedule, ddpm_step, sample_stage1, sample_stage2
+from mtl_anagram.sampling import Recipe, Schedule, ddpm_step, noise_fit, sample_stage1, sample_stage2
 
 TOKENS, WIDTH = 5, 4
 
@@ -390,3 +390,34 @@ def test_what_maps_are_asked_for_is_said_once_a_run():
     assert torch.equal(states[-1].x, expected[-1].x)
     assert sum(call[0] == "maps" for call in unet.calls) > 1
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("strength", [0.7, 1.0, 1.6, 9.0])
+def test_the_noise_fit_tells_how_strong_noise_is(strength):
+    draws = torch.Generator().manual_seed(1)
+    noise = torch.randn(2, 3, 64, 64, generator=draws)
+    picture = F.interpolate(torch.randn(2, 3, 4, 4, generator=draws), (64, 64), mode="bilinear")
+    x = picture + 0.3 * strength * noise
+    assert noise_fit(noise, x, 0.3).tolist() == pytest.approx([min(strength, 3.0)] * 2, rel=0.02)
+    assert torch.equal(noise_fit(noise[:1], x[:1], 0.3), noise_fit(noise, x, 0.3)[:1])
+
+
+def test_the_noise_fit_takes_out_what_a_network_of_fixed_strength_leaves():
+    """It sees exactly which noise is there, but says 0.9 of unit power whatever its strength."""
+    schedule, low = (
+        Schedule.stage_2(10),
+        F.interpolate(torch.rand(1, 3, 4, 4) - 0.5, (16, 16), mode="bilinear"),
+    )
+    large = F.interpolate(low, (64, 64), mode="bilinear", align_corners=True)
+
+    def network(x, t, text, class_labels):
+        noise = x[:, :3] - schedule.roots(int(t))[0] * large
+        return torch.cat([0.9 * noise / noise.square().mean().sqrt(), torch.zeros_like(noise)], dim=1)
+
+    def left(**changes):
+        recipe = Recipe.plain(num_inference_steps=10, guidance_scale=1, **changes)
+        given = {"score": None, "generators": generators(3), "recipe": recipe, "noise_level": 0, "size": 64}
+        *_, last = sample_stage2(network, low, *texts(1), VIEWS[:1], **given)
+        return (last.x - large).square().mean().sqrt().item()
+
+    assert left(stage_2_noise_fit=True) < 0.1 * left()
