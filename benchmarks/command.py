@@ -6,13 +6,14 @@ python -m benchmarks.command --rounds 3 --against FOLDER    # a checkout of anot
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks.common import ROOT, compare, fresh, head, in_turns, say
 
-COMMAND = ["a duck", "a house", "--views", "identity", "rotate_180", "--style", "a sketch of", "--seed", "7"]
+COMMAND = shlex.split('"a cat" "a sea turtle" --views identity rotate_180 --style "a poster of" --seed 6')
 ROWS = {
     "clock": "seconds", "user": "processor seconds, user", "system": "the system's", "peak": "peak memory, MiB"
 }  # fmt: skip

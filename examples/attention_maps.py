@@ -14,7 +14,7 @@ from mtl_anagram.files.images import to_uint8
 from mtl_anagram.models.prompts import concept_span
 from mtl_anagram.sampling import concept_maps, to_views
 
-WORDS, VIEWS, STYLE, SEED = ["hat", "house"], ["identity", "rotate_180"], "a painting of", 7
+WORDS, VIEWS, STYLE, SEED = ["hat", "house"], ["identity", "rotate_180"], "a poster of", 12
 SIDE, LABEL, SHOWN = 112, 16, 6  # px of a tile, px of its text, steps that are shown
 
 

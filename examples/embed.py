@@ -16,7 +16,7 @@ def anagram_of(first: str, second: str, folder: str) -> str | None:
 
     prompts, views = [first, second], ["identity", "rotate_180"]
     try:
-        made = generate_anagram("a painting of", prompts, views, folder, seed=7, model=cascade, on_step=watch)
+        made = generate_anagram("a poster of", prompts, views, folder, seed=12, model=cascade, on_step=watch)
     except AnagramError as error:  # a ValueError or an OSError, with value, limit and remedy
         print(f"refused: {error}")
         return None

@@ -78,23 +78,23 @@ def main(out: str = "output/own_rules.png", steps: int = 30) -> None:
 
     cascade = Cascade.from_pretrained(device="cpu")
     recipe, schedule = Recipe.plain(num_inference_steps=steps, guidance_scale=5.0), cascade.schedule(1, steps)
-    request = {"recipe": recipe, "stop_after": 64, "style": "a sketch of"}
-    prompts, views = ["a duck", "a house"], ["identity", "rotate_180"]
+    request = {"recipe": recipe, "stop_after": 64, "style": "a poster of"}
+    prompts, views = ["a cat", "a sea turtle"], ["identity", "rotate_180"]
 
     def made(**rules) -> Tensor:
-        return cascade.sample(prompts, views, 7, **request, **rules).pictures[64][0]
+        return cascade.sample(prompts, views, 6, **request, **rules).pictures[64][0]
 
     known, mask = -torch.ones(3, 64, 64), torch.zeros(64, 64)
     mask[:, :16] = 1
     pictures = [
         made(),
-        made(combine=worst_takes_all(cascade.noise_clip.scorer([f"a sketch of {p}" for p in prompts]))),
+        made(combine=worst_takes_all(cascade.noise_clip.scorer([f"a poster of {p}" for p in prompts]))),
         made(combine=left_and_right),
         made(combine=brighter(schedule)),
         made(step=DDIM(schedule)),
         made(step=DPMSolver2M(schedule)),
         made(after=keep(known, mask, schedule, torch.Generator().manual_seed(0))),
-        preview(cascade.sample(prompts, views, 7, **request), stop_after=steps // 2)[-1][0],
+        preview(cascade.sample(prompts, views, 6, **request), stop_after=steps // 2)[-1][0],
     ]
     save_picture(Path(out), torch.cat(pictures, dim=-1))
     print(

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--pair-count", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, help="default: the model's recipe's")
-    parser.add_argument("--style", default="a sketch of")
+    parser.add_argument("--style", default="a poster of")
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--columns", type=int, default=4)
     args = parser.parse_args()

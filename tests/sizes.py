@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {
     "library lines": 10_200,
     "entries of the package's root": 9,
-    "test lines": 11_100,
+    "test lines": 11_120,
     "longest file": 400,
     "longest function": 60,
     "README lines": 150,

@@ -36,7 +36,7 @@ def measure_partners(
     *,
     names: Sequence[str] | None = None,
     views: Sequence[str] = VIEWS,
-    style: str = "a painting of",
+    style: str = "a poster of",
     seeds: Sequence[int] = tuple(range(8)),
     **options: Any,
 ) -> list[Partner]:

@@ -70,7 +70,7 @@ class Protocol:
     views: Names = ("flip", "rotate_180", "rotate_ccw")
     recipes: Mapping[str, Recipe | tuple[Recipe, Rules]] = field(default_factory=lambda: dict(ABLATION))
     seeds: tuple[int, ...] = tuple(range(10))
-    style: str = "a sketch of"
+    style: str = "a poster of"
     size: int = 64
     noise_level: int = 50
     temperature: float = TEMPERATURE

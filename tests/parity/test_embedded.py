@@ -17,7 +17,7 @@ STAGE_1, STAGE_2 = embedded_folder() / "stage_1", embedded_folder() / "stage_2"
 @pytest.fixture(scope="module")
 def text():
     """States of three prompts and of the empty one, by both libraries."""
-    ids, mask = load_tokenizer(STAGE_1)(["a sketch of a duck", "A Rabbit ", "an elephant", ""])
+    ids, mask = load_tokenizer(STAGE_1)(["a poster of a duck", "A Rabbit ", "an elephant", ""])
     theirs = T5EncoderModel.from_pretrained(STAGE_1 / "text_encoder", dtype=torch.float32)
     with torch.no_grad():
         return (

@@ -38,7 +38,7 @@ def test_page_and_examples_in_one_folder(tmp_path, monkeypatch, capsys):
     shown, warned = capsys.readouterr()
     assert "differ" not in warned  # the repeated picture is the recorded one
     assert shown.count("sample_256.png") == 4
-    again, first = next(tmp_path.glob("repeated/*/0009/sample_256.png")), "glasses/0009/sample_256.png"
+    again, first = next(tmp_path.glob("repeated/*/0014/sample_256.png")), "glasses/0014/sample_256.png"
     assert again.read_bytes() == (tmp_path / first).read_bytes()
 
     monkeypatch.setattr(
@@ -59,14 +59,14 @@ def test_python_blocks(tmp_path, monkeypatch, capsys):
     for names, code in zip(made, readme.python_blocks(), strict=True):
         exec(readme.quick_python(code), names)
     call, memory, loop, view = made
-    assert sorted(path.parent.name for path in tmp_path.glob("plants/*/sample_256.png")) == ["0003"]
-    assert call["made"][0].pictures[256] == Path("plants/0003/sample_256.png")
+    assert sorted(path.parent.name for path in tmp_path.glob("plants/*/sample_256.png")) == ["0007"]
+    assert call["made"][0].pictures[256] == Path("plants/0007/sample_256.png")
     assert memory["picture"].shape == (1, 3, 64, 64)
     recipe = mtl_anagram.Recipe.released(
         num_inference_steps=2, guidance_scale=5.0, anti_segregation=False, horizon=30
     )
     run = loop["cascade"].sample(
-        ["a duck", "a house"], loop["views"], 7, style="a sketch of", recipe=recipe, stop_after=64
+        ["a duck", "a house"], loop["views"], 7, style="a poster of", recipe=recipe, stop_after=64
     )
     torch.testing.assert_close(loop["x"], run.pictures[64], atol=1e-4, rtol=0)
     x = torch.rand(2, 3, 64, 64)
