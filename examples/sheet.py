@@ -19,7 +19,7 @@ from mtl_anagram import Cascade, Protocol, evaluate, get_views
 from mtl_anagram.cascade import embedded_folder
 from mtl_anagram.evaluation.protocol import choose_pairs
 from mtl_anagram.files.hub import read_json
-from mtl_anagram.files.images import decode_png, to_uint8
+from mtl_anagram.files.images import as_image, decode_png
 from mtl_anagram.models import load_judge
 
 SIDE, TEXT, GAP = 128, 16, 10  # px: of a picture, of its line of text, between anagrams
@@ -82,8 +82,7 @@ def main() -> None:
         picture = strip[:, :, best * strip.shape[1] : (best + 1) * strip.shape[1]]
         left, top = GAP + i % args.columns * wide, GAP + i // args.columns * high
         for v, view in enumerate(get_views(["identity", request["view"]])):
-            pixels = to_uint8(view.view(picture)).permute(1, 2, 0).contiguous()
-            tile = Image.frombytes("RGB", pixels.shape[1::-1], bytes(pixels.flatten().tolist()))
+            tile = as_image(view.view(picture))
             sheet.paste(tile.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left + v * SIDE, top))
             name = request["names"][v]
             read = " *" if sample["named"][v] == name else ""

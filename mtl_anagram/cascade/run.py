@@ -235,9 +235,9 @@ def _beginnings(jobs: Sequence[Job]) -> tuple[dict[Job, torch.Generator], dict[J
     """One generator per image for all stages, as in the released code; stage I's picture where it is there."""
     drawn, made = {job: torch.Generator("cpu").manual_seed(job[1]) for job in jobs}, dict[Job, Tensor]()
     for run, seed in jobs:
-        pictures, strength = run.request.given.arguments(1, run.sizes[0], 1).get("start", (None, 1))
-        if strength == 0:
-            made[run, seed] = pictures[0]
+        given = run.request.given
+        if given.strengths[:1] == (0,):
+            made[run, seed] = given.arguments(1, run.sizes[0], 1)["start"][0][0]
         if run.begun is not None and seed in run.begun:
             made[run, seed], generator = run.begun[seed]
             drawn[run, seed] = generator.clone_state()

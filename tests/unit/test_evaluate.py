@@ -148,7 +148,7 @@ def test_a_cell_is_what_generate_makes(cascade, judge, one_thread, tmp_path) -> 
     with torch.no_grad():
         names = [judge.names[k] for k in judge(seen).argmax(1).tolist()]
         images = cascade.noise_clip.embed_image(seen, 0)
-        texts = cascade.noise_clip.embed_text(["a poster of a duck", "a sketch of a rabbit"])
+        texts = cascade.noise_clip.embed_text(["a poster of a duck", "a poster of a rabbit"])
     assert cell["samples"][1]["named"] == names
     assert torch.allclose(torch.tensor(cell["samples"][1]["scores"]), images @ texts.T, atol=0.01)
 
