@@ -1,7 +1,6 @@
 """batch(): many requests from a file, by one process or several; kills, full disks, damage and failures."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -10,34 +9,24 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 
 from mtl_anagram import Cascade, InputError, Recipe, SourceError, generate_anagram
-from mtl_anagram.__main__ import main
 from mtl_anagram.evaluation.batch import batch
 from mtl_anagram.files.claims import Claims
+from tests.unit.processes import on_tiny, start, status, until
 from tests.unit.tiny_requests import files, never, pixels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"size": 8, "stop_after": 8, "num_inference_steps": 2}
-FIRST = {
-    "name": "one",
-    "prompts": ["a duck", "a rabbit"],
-    "views": ["identity", "flip"],
-    "seed": [0, 3],
-    **TINY,
-}
-SECOND = {
-    **FIRST,
-    "name": "two",
-    "prompts": ["a cat", "a [sea] view"],
-    "views": ["rotate_180", "negate"],
-    "seed": 1,
-}
+DUCK = {"prompts": ["a duck", "a rabbit"], "views": ["identity", "flip"]}
+CAT = {"prompts": ["a cat", "a [sea] view"], "views": ["rotate_180", "negate"]}
+FIRST = {"name": "one", **DUCK, "seed": [0, 3], **TINY}
+SECOND = {"name": "two", **CAT, "seed": 1, **TINY}
 OTHER = {**SECOND, "name": "other one", "style": "a sketch of", "recipe": "plain", "stop_after": 32}
-fork = multiprocessing.get_context("fork")
 
 
 def write(path, *lines):
@@ -63,18 +52,10 @@ def small(cascade, tmp_path):
     return path, made_by(tmp_path / "undisturbed")
 
 
-def in_a_child(*arguments, before=None, **options):
-    """batch(...) in a process that can be killed; it ends with status 0 where nothing was raised."""
-
-    def work():
-        if before is not None:
-            before()
-        batch(*arguments, **options)
-        os._exit(0)
-
-    child = fork.Process(target=work)
-    child.start()
-    return child
+@pytest.fixture
+def in_a_child(cascade_folder):
+    """batch(...) with the tiny cascade in a process that can be killed."""
+    return partial(start, on_tiny, batch, cascade_folder)
 
 
 def pictures_of(content):
@@ -156,36 +137,34 @@ def test_a_request_that_fails_fails_alone_and_is_tried_again(cascade, tmp_path, 
     assert len(manifest(tmp_path / "out")) == 3
 
 
-def test_fifty_kills(cascade, small, tmp_path):
+def test_fifty_kills(cascade, in_a_child, small, tmp_path):
     """Each picture once in the manifest, every file whole, and the same as without kills."""
     (path, undisturbed), out, draw = small, tmp_path / "out", random.Random(0)
-    kills, started = 0, time.monotonic()
+    kills, began = 0, time.monotonic()
     while kills < 50:
-        child = in_a_child(path, out, model=cascade, batch_size=3)
-        child.join(draw.uniform(0.02, 0.25))
+        child = in_a_child(path, out, batch_size=3)
+        child.join(draw.uniform(0.02, 0.4))
         if child.is_alive():
-            os.kill(child.pid, signal.SIGKILL)
+            child.kill()
             kills += 1
-        child.join()
+        status(child)
         if (out / "manifest.jsonl").is_file():
             lines = manifest(out)  # whole at any time
             assert len({(line["name"], line["seed"]) for line in lines}) == len(lines)
             if len(lines) == 20:
                 shutil.rmtree(out)
-        assert time.monotonic() - started < 300
+        assert time.monotonic() - began < 300
     batch(path, out, model=cascade, batch_size=3)
     assert pictures_of(made_by(out)) == pictures_of(undisturbed)
     assert not [name for name in files(out) if name.endswith((".part", ".begun"))]
 
 
-def test_two_runs_into_one_folder_and_one_that_is_killed(cascade, small, tmp_path):
+def test_two_runs_into_one_folder_and_one_that_is_killed(in_a_child, small, tmp_path):
     (path, undisturbed), out = small, tmp_path / "out"
-    children = [in_a_child(path, out, model=cascade, batch_size=3) for _ in range(3)]
+    children = [in_a_child(path, out, batch_size=3) for _ in range(3)]
     time.sleep(0.3)
-    os.kill(children[0].pid, signal.SIGKILL)
-    for child in children:
-        child.join()
-    assert [child.exitcode for child in children[1:]] == [0, 0]
+    children[0].kill()
+    assert [status(child) for child in children[1:]] == [0, 0]
     assert pictures_of(made_by(out)) == pictures_of(undisturbed)
 
 
@@ -200,16 +179,15 @@ def test_damage_is_found_said_and_made_again(cascade, small, tmp_path, caplog):
     assert pictures_of(made_by(out)) == pictures_of(undisturbed)
 
 
-def test_a_full_disk_and_a_read_only_folder_lose_nothing(cascade, small, tmp_path, monkeypatch):
+def full():
+    """No file may be longer than this, as on a disk that has no more room."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+
+
+def test_a_full_disk_and_a_read_only_folder_lose_nothing(cascade, in_a_child, small, tmp_path, monkeypatch):
     (path, undisturbed), out = small, tmp_path / "out"
-
-    def full():  # no file may be longer than this, as on a disk that has no more room
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
-
-    child = in_a_child(path, out, model=cascade, batch_size=3, before=full)
-    child.join()
-    assert child.exitcode == 1
+    assert status(in_a_child(path, out, batch_size=3, before=full)) == 1
     assert not [name for name in files(out) if name.endswith(".part")]
     batch(path, out, model=cascade, batch_size=3)
     assert pictures_of(made_by(out)) == pictures_of(undisturbed)
@@ -222,66 +200,52 @@ def test_a_full_disk_and_a_read_only_folder_lose_nothing(cascade, small, tmp_pat
     assert pictures_of(made_by(out)) == pictures_of(undisturbed)
 
 
-def test_what_kills_its_worker_twice_is_set_aside(cascade, tmp_path, monkeypatch):
-    """As torchrun's agent restarts its workers: first the batch dies, then each picture has a try of its own."""
-    path = write(tmp_path / "requests.jsonl", FIRST, SECOND)
-    encode = Cascade.encode
+def deadly(restart):
+    """A cat kills its process, which torchrun's agent has started again so many times."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"], encode = str(restart), Cascade.encode
 
-    def deadly(self, prompts):
+    def kill(self, prompts):
         if "a cat" in prompts:
             os.kill(os.getpid(), signal.SIGKILL)
         return encode(self, prompts)
 
-    monkeypatch.setattr(Cascade, "encode", deadly)
-    for restart, status in enumerate((-signal.SIGKILL, -signal.SIGKILL, 0)):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
-        child = in_a_child(path, tmp_path / "out", model=cascade)
-        child.join()
-        assert child.exitcode == status
+    Cascade.encode = kill
+
+
+def test_what_kills_its_worker_twice_is_set_aside(in_a_child, tmp_path):
+    """As torchrun's agent restarts its workers: first the batch dies, then each picture has a try of its own."""
+    path = write(tmp_path / "requests.jsonl", FIRST, SECOND)
+    for restart, found in enumerate((-signal.SIGKILL, -signal.SIGKILL, 0)):
+        assert status(in_a_child(path, tmp_path / "out", before=partial(deadly, restart))) == found
     found = {(line["name"], line["seed"]): line["status"] for line in manifest(tmp_path / "out")}
     assert found == {("one", 0): "done", ("one", 3): "done", ("two", 1): "failed"}
 
 
+def hold(folder):
+    for name in Claims(folder).share(["a", "b"], lambda name: False):
+        (folder / f"{name}.held").touch()
+        time.sleep(60)
+
+
 def test_claims_go_when_their_process_ends(tmp_path):
-    claims, reached = Claims(tmp_path), fork.Event()
-
-    def hold():
-        for _ in claims.share(["a", "b"], lambda name: False):
-            reached.set()
-            time.sleep(60)
-
-    child = fork.Process(target=hold)
-    child.start()
-    reached.wait()
-    others = claims.share(["a", "b"], lambda name: False)
+    child = start(hold, tmp_path)
+    until((tmp_path / "a.held").exists)
+    others = Claims(tmp_path).share(["a", "b"], lambda name: False)
     assert next(others) == "b"
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
+    child.kill()
+    status(child)
     assert list(others) == ["a"]
 
 
 def test_a_schedulers_notice(cascade_folder, cascade, small, tmp_path):
     """SIGTERM: the batch under way is dropped, nothing is left behind, and the same command goes on."""
     (path, undisturbed), out = small, tmp_path / "out"
-    words = [
-        "batch",
-        str(path),
-        "--out",
-        str(out),
-        "--model",
-        str(cascade_folder),
-        "--device",
-        "cpu",
-        "--batch-size",
-        "3",
-    ]
-    child = fork.Process(target=lambda: sys.exit(main(words)))
-    child.start()
-    while not (out / "manifest.jsonl").is_file() or not manifest(out):
-        time.sleep(0.01)
-    child.terminate()
-    child.join(10)
-    assert child.exitcode == 143
+    command = [sys.executable, "-m", "mtl_anagram", "batch", str(path), "--out", str(out), "--device", "cpu"]
+    command += ["--model", str(cascade_folder), "--batch-size", "3"]
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        until(lambda: process.poll() is not None or ((out / "manifest.jsonl").is_file() and manifest(out)))
+        process.terminate()
+        assert process.wait(60) == 143
     assert not [name for name in files(out) if name.endswith((".part", ".begun"))]
     batch(path, out, model=cascade, batch_size=3)
     assert pictures_of(made_by(out)) == pictures_of(undisturbed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import shlex
 import subprocess
@@ -23,6 +22,7 @@ from mtl_anagram.evaluation.protocol import as_table, choose_pairs, interval, re
 from mtl_anagram.files.images import decode_png
 from mtl_anagram.models import Judge
 from mtl_anagram.sampling import Combined
+from tests.unit.processes import on_tiny, start, status
 from tests.unit.tiny import write_cascade
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,21 +58,18 @@ def test_cells_are_made_once_and_go_on(cascade, judge, one_thread, tmp_path, mon
     assert "| rotate_180 | balancing | 4 |" in table
 
 
-def test_processes_share_the_cells(cascade, judge, one_thread, tmp_path) -> None:
+def counted(folder: Path, name: str, judge: Judge, model: Cascade) -> None:
+    """Evaluate, and write down how often stage I ran."""
+    made: list[int] = []
+    model.unet_1.register_forward_pre_hook(lambda module, given: made.append(1))
+    found = evaluate(model, PROTOCOL, folder, judge=judge)
+    (folder / name).write_text(json.dumps([len(made), found]))
+
+
+def test_processes_share_the_cells(cascade, cascade_folder, judge, one_thread, tmp_path) -> None:
     """Two at one folder, as torchrun starts them: each cell is sampled once, and both know all in the end."""
-    fork = multiprocessing.get_context("fork")
-
-    def work(name: str) -> None:
-        made = []
-        cascade.unet_1.register_forward_pre_hook(lambda module, given: made.append(1))
-        found = evaluate(cascade, PROTOCOL, tmp_path, judge=judge)
-        (tmp_path / name).write_text(json.dumps([len(made), found]))
-
-    children = [fork.Process(target=work, args=(name,)) for name in ("one", "two")]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
+    children = [start(on_tiny, counted, cascade_folder, tmp_path, name, judge) for name in ("one", "two")]
+    assert [status(child) for child in children] == [0, 0]
     (first, report_1), (second, report_2) = (json.loads((tmp_path / n).read_text()) for n in ("one", "two"))
     assert report_1 == report_2 == evaluate(cascade, PROTOCOL, tmp_path, judge=judge)
     assert first + second == 2 * 2 * 2  # cells of one step each

@@ -7,12 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.unit.processes import until
 from training import drawings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,13 +31,6 @@ trap 'touch "$run/told"; exit' TERM
 [ "$run" = "$RUNS/stage_2" ] && while :; do sleep 0.1; done
 exit 0
 """
-
-
-def until(true, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_the_background_training_starts_stops_and_goes_on_to_its_end(tmp_path) -> None:
