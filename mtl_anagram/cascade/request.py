@@ -104,9 +104,10 @@ def checked_sizes(models: Models, views: list[View], size: Size | None, stop_aft
         wanted = f"a multiple of {factor} up to {MAX_SIDE} for this UNet, or two such: (height, width)"
         raise InputError(f"size={size!r} must be {wanted}")
     stops = [sides[0] * times for times in (1, 4, 16)]
-    if stop_after is not None and (type(stop_after) is not int or stop_after not in stops):
-        raise InputError(f"stop_after={stop_after!r} must be the height that a stage makes: {stops}")
     there = [models.sources[f"stage_{stage}"] is not None for stage in (1, 2, 3)]
+    if stop_after is not None and (type(stop_after) is not int or stop_after not in stops):
+        heights = stops[: sum(there)]
+        raise InputError(f"stop_after={stop_after!r} must be the height that a stage makes: {heights}")
     last = max(i for i in range(3) if there[i]) if stop_after is None else stops.index(stop_after)
     if not all(there[: last + 1]):
         lacking = there.index(False) + 1

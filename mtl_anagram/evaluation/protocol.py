@@ -245,7 +245,8 @@ def as_table(summary: Json) -> str:
 
 
 def interval(values: Tensor, of: Callable[[Tensor], Tensor] = MEAN) -> dict[str, float]:
-    """A statistic of G groups' values, (G,) or (G, S), and its 95% interval by a bootstrap that draws groups."""
+    """A statistic of G groups' values, (G,) or (G, S), and its 95% interval: draws are groups, or one's values."""
+    values = values.reshape(-1, 1) if len(values) == 1 else values
     generator = torch.Generator("cpu").manual_seed(SEED)
     places = torch.randint(len(values), (DRAWS, len(values)), generator=generator, device="cpu")
     parts = places.split(max(1, AT_ONCE // values.numel()))

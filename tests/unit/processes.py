@@ -1,5 +1,4 @@
-"""Processes that a test starts and kills. They are forked from a server without threads: a fork of pytest's own
-process, where pytest-xdist's threads are at work, may wait for ever. No wait here is without an end."""
+"""Processes that a test starts and kills, forked from a server without threads: pytest-xdist's own may hang then."""
 
 import multiprocessing
 import os

@@ -212,6 +212,7 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
         found = interval((torch.rand(40, generator=generator) < 0.3).float())
         hits += found["low"] <= 0.3 <= found["high"]
     assert 175 <= hits <= 199
+    assert interval(torch.tensor([[0.0, 1.0, 1.0, 0.0]]))["low"] < 0.5  # of one pair its samples are drawn
 
 
 def test_pairs_are_drawn_evenly() -> None:

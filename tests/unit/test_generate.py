@@ -140,7 +140,7 @@ def test_requests_are_checked_before_anything_is_sampled(make, tmp_path):
     for match, changes in {
         "concepts.*a list of 2": {"concepts": ["duck"]},
         "size=8 px.*'pixel_permute'": {"views": ["identity", "pixel_permute"]},
-        "stop_after=100.*8, 32, 128": {"stop_after": 100},
+        r"stop_after=100.*\[8, 32\]": {"stop_after": 100},
         r"stop_after=\[8\]": {"stop_after": [8]},
         "attention at 0 px": {"recipe": Recipe.released(map_resolution=7)},
     }.items():
