@@ -145,6 +145,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=DOCS, metavar="FOLDER", help="default: docs")
     parser.add_argument("--steps", type=int, help="default: the cascade's recipe's")
     options = parser.parse_args()
+    if unknown := {*options.names} - {*drawn, "choices"}:
+        parser.error(f"{', '.join(sorted(unknown))}: there are choices, {', '.join(drawn)}")
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     options.out.mkdir(parents=True, exist_ok=True)
     cascade = Cascade.from_pretrained(device="cpu")
