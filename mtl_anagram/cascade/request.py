@@ -106,7 +106,7 @@ def checked_sizes(models: Models, views: list[View], size: Size | None, stop_aft
     stops = [sides[0] * times for times in (1, 4, 16)]
     there = [models.sources[f"stage_{stage}"] is not None for stage in (1, 2, 3)]
     if stop_after is not None and (type(stop_after) is not int or stop_after not in stops):
-        heights = stops[: sum(there)]
+        heights = stops[: [*there, False].index(False)]
         raise InputError(f"stop_after={stop_after!r} must be the height that a stage makes: {heights}")
     last = max(i for i in range(3) if there[i]) if stop_after is None else stops.index(stop_after)
     if not all(there[: last + 1]):
