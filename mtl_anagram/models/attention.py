@@ -15,22 +15,6 @@ from ..errors import InputError, choice
 WIDTH_MULTIPLE = 8  # of a head, as fused kernels on a GPU want it
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-) -> Tensor:
-    """Softmax attention of q (B, N, Q, d) to k and v (B, N, S, d) by torch's fused kernel, (B, N, Q, d).
-
-    mask: broadcastable to (B, N, Q, S), added to the logits, or if bool True = keep. scale None = 1/sqrt(d).
-    """
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal)
-
-
 def split(states: Tensor, heads: int) -> Tensor:
     """(B, L, N d) -> (B, N, L, d)."""
     return rearrange(states, "b l (n d) -> b n l d", n=heads)
@@ -40,26 +24,29 @@ def multi_head(
     q: Tensor, k: Tensor, v: Tensor, heads: int, *, mask: Tensor | None = None, scale: float | None = None,
     causal: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`attention` of states with their heads side by side, (B, Q, N d) and (B, S, N d) -> (B, Q, N d)."""
-    q, k, v = (split(states, heads) for states in (q, k, v))
-    return rearrange(attention(q, k, v, mask=mask, scale=scale, causal=causal), "b n l d -> b l (n d)")
+    """Softmax attention of states with their heads side by side, (B, Q, N d) and (B, S, N d) -> (B, Q, N d).
 
-
-def attention_with_columns(
-    q: Tensor, k: Tensor, v: Tensor, columns: Tensor, *, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """The same attention and, explicit and differentiable, T columns of its softmax, (B, N, Q, T) float32.
-
-    columns (B, L, T): for row b and asked column t, 1 at one of the first L keys (text comes first) and else 0.
-    The softmax (B, N, Q, S) is never there as a whole, neither here nor in the gradient.
+    mask: broadcastable to (B, N, Q, S), added to the logits. scale None = 1/sqrt(d).
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (split(states, heads) for states in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal)
+    return rearrange(out, "b n l d -> b l (n d)")
+
+
+def attention_with_columns(q: Tensor, k: Tensor, v: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of q (B, N, Q, d) to k and v (B, N, S, d), and T columns of its softmax, differentiable, float32.
+
+    Returns (B, N, Q, d) and (B, N, Q, T). columns (B, L, T): for row b and asked column t, 1 at one of the first L
+    keys (text comes first) and else 0. The softmax (B, N, Q, S) is never there as a whole, neither here nor in the
+    gradient.
+    """
     # A column is what attention makes of values that are 1 at its key: torch's fused kernel gives it beside the output.
     # The kernel wants queries, keys and values of one width; zeros add nothing to a product.
     more = columns.shape[-1] + -(q.shape[-1] + columns.shape[-1]) % WIDTH_MULTIPLE
     ones = F.pad(columns.to(v.dtype), (0, more - columns.shape[-1], 0, k.shape[2] - columns.shape[1]))
     values = torch.cat([v, ones[:, None].expand(-1, v.shape[1], -1, -1)], dim=-1)  # (B, N, S, d + more)
-    both = attention(F.pad(q, (0, more)), F.pad(k, (0, more)), values, scale=scale)
+    padded_q, padded_k = (F.pad(x, (0, more)) for x in (q, k))
+    both = F.scaled_dot_product_attention(padded_q, padded_k, values, scale=q.shape[-1] ** -0.5)
     return both[..., : v.shape[-1]], both[..., v.shape[-1] :][..., : columns.shape[-1]].float()
 
 

@@ -114,13 +114,6 @@ def _backward(
 needs_cuda = isinstance(_forward, triton.JITFunction)  # not where Triton interprets: with TRITON_INTERPRET=1
 
 
-def attention_with_columns(
-    q: Tensor, k: Tensor, v: Tensor, columns: Tensor, *, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `attention.attention_with_columns`."""
-    return Attention.apply(q, k, v, columns, q.shape[-1] ** -0.5 if scale is None else scale)
-
-
 def _sizes(q: Tensor, k: Tensor, columns: Tensor) -> tuple[tuple[int, ...], dict[str, int]]:
     """Of a kernel: (heads, queries, keys, tokens, width, asked), and the blocks."""
     power, width, asked = triton.next_power_of_2, q.shape[3], columns.shape[2]
@@ -130,20 +123,17 @@ def _sizes(q: Tensor, k: Tensor, columns: Tensor) -> tuple[tuple[int, ...], dict
 
 
 class Attention(torch.autograd.Function):
-    """`attention_with_columns` with its gradient; the scale is the last argument."""
+    """`attention.attention_with_columns` with its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, columns = (x.contiguous() for x in (q, k, v, columns.float()))
         out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         chosen = q.new_empty(*q.shape[:3], columns.shape[2], dtype=torch.float32)
         sizes, blocks = _sizes(q, k, columns)
         grid = (triton.cdiv(q.shape[2], blocks["block"]), q.shape[0] * q.shape[1])
-        _forward[grid](q, k, v, columns, out, chosen, log_sums, scale, *sizes, **blocks)
+        _forward[grid](q, k, v, columns, out, chosen, log_sums, q.shape[3] ** -0.5, *sizes, **blocks)
         ctx.save_for_backward(q, k, v, columns, out, chosen, log_sums)
-        ctx.scale = scale
         return out, chosen
 
     @staticmethod
@@ -157,5 +147,8 @@ class Attention(torch.autograd.Function):
         tensors = (q, k, v, columns, log_sums, d_out, d_chosen, shared, dq, dk, dv)
         for of_keys, length in ((False, q.shape[2]), (True, k.shape[2])):
             grid = (triton.cdiv(length, blocks["block"]), q.shape[0] * q.shape[1])
-            _backward[grid](*tensors, ctx.scale, *sizes, **blocks, of_keys=of_keys)
-        return dq, dk, dv, None, None
+            _backward[grid](*tensors, q.shape[3] ** -0.5, *sizes, **blocks, of_keys=of_keys)
+        return dq, dk, dv, None
+
+
+attention_with_columns = Attention.apply

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .attention import attention, multi_head, random_weight, sinusoids, split
+from .attention import multi_head, random_weight, sinusoids, split
 from .configs import CROSS_NORM_GROUPS, UNetConfig, UNetSizes
 
 Span = tuple[int, int]
@@ -224,7 +224,7 @@ class JointAttention(NamedAttention):
             out, chosen = recorder.attend(q, k, v, recorder.columns)
             recorder.maps[self.name] = rearrange(chosen, "r n (h w) t -> r n h w t", h=height)
         else:
-            out = attention(q, k, v)
+            out = F.scaled_dot_product_attention(q, k, v)
         out = self.to_out[0](rearrange(out, "r n l d -> r l (n d)"))
         return x + rearrange(out, "r (h w) c -> r c h w", h=height, w=width)
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from einops import rearrange
 
-from mtl_anagram.models.attention import attention, attention_with_columns, sinusoids
+from mtl_anagram.models.attention import attention_with_columns, multi_head, sinusoids, split
 from tests.helpers import relative
 
 ROWS, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 5, 7, 4
@@ -32,6 +33,12 @@ def inputs(keys=KEYS):
     return [torch.randn(shape, generator=draws, dtype=torch.float64) for shape in shapes]
 
 
+def attention(q, k, v, **options):
+    """`multi_head` of heads that lie apart, (B, N, Q, d)."""
+    beside = [rearrange(x, "b n l d -> b l (n d)") for x in (q, k, v)]
+    return split(multi_head(*beside, HEADS, **options), HEADS)
+
+
 def masks():
     draws = torch.Generator().manual_seed(1)
     return {
@@ -54,20 +61,19 @@ def test_causal():
     assert relative(attention(q, k, v, causal=True), slow(q, k, v, causal=True)[0]) < 1e-12
 
 
-@pytest.mark.parametrize("scale", [None, 0.7])
-def test_columns_are_those_of_the_softmax_over_all_keys(scale):
+def test_columns_are_those_of_the_softmax_over_all_keys():
     q, k, v = inputs()
     columns = torch.zeros(2, 5, 3)  # of the first 5 keys
     columns[0, [2, 3], [0, 1]] = 1  # row 0 asks for two
     columns[1, [0, 1, 2], [0, 1, 2]] = 1
-    output, chosen = attention_with_columns(q, k, v, columns, scale=scale)
-    expected, probabilities = slow(q, k, v, scale=scale)
+    output, chosen = attention_with_columns(q, k, v, columns)
+    expected, probabilities = slow(q, k, v)
     assert relative(output, expected) < 1e-6  # its softmax is in float32
     assert chosen.dtype == torch.float32
     assert relative(chosen[0, ..., :2].double(), probabilities[0, ..., 2:4]) < 1e-6
     assert not chosen[0, ..., 2].any()
     assert relative(chosen[1].double(), probabilities[1, ..., :3]) < 1e-6
-    assert relative(output, attention(q, k, v, scale=scale)) < 1e-6
+    assert relative(output, attention(q, k, v)) < 1e-6
 
 
 def test_columns_are_differentiable():

@@ -14,7 +14,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ..attention import attention
 from ..configs import AutoencoderConfig
 
 BAND = 1 << 24  # values of a band of the wider map, 64 MiB in float32
@@ -110,7 +109,8 @@ class Attention(nn.Module):
         k, v = self.to_k(pixels), self.to_v(pixels)  # (B, 1, H W, C)
         # 256 MiB of logits by default, where a kernel writes them out.
         queries = max(1, 4 * (band or BAND) // (k.shape[0] * k.shape[2]))
-        parts = [self.to_out[0](attention(self.to_q(part), k, v)) for part in pixels.split(queries, dim=2)]
+        attend = F.scaled_dot_product_attention
+        parts = [self.to_out[0](attend(self.to_q(part), k, v)) for part in pixels.split(queries, dim=2)]
         return x + rearrange(torch.cat(parts, dim=2), "b 1 (h w) c -> b c h w", h=x.shape[-2])
 
 

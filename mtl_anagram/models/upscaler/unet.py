@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..attention import attention, split
+from ..attention import split
 from ..configs import UpscalerUNetConfig
 from ..unet_blocks import MIDDLE, Block, NamedAttention, Number, Resnet, TimestepEmbedding, UNetBase, upconv
 
@@ -44,7 +44,7 @@ class Attention(NamedAttention):
     def forward(self, pixels: Tensor, text: UpscalerText) -> Tensor:
         q = split(self.to_q(pixels), self.heads)
         k, v = text.layers[self.name] if self.reads_text else self.project(pixels)
-        return self.to_out[0](rearrange(attention(q, k, v), "r n l d -> r l (n d)"))
+        return self.to_out[0](rearrange(F.scaled_dot_product_attention(q, k, v), "r n l d -> r l (n d)"))
 
 
 class TransformerBlock(nn.Module):
