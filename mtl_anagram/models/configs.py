@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
@@ -12,8 +12,6 @@ C = TypeVar("C", bound="Config")
 # No width, count or side comes near; a larger number is a damaged file. A million layers would take minutes.
 MAX_SIZE, MAX_LAYERS, MAX_LEVELS = 1 << 20, 256, 16
 CROSS_NORM_GROUPS = 32  # of the text's group norm; the published class has no field for it
-Down = Literal["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"]
-Up = Literal["ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"]
 # Fields of which one value is implemented, that of all released IF UNets. A file that omits one means it.
 FIXED: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
@@ -42,29 +40,22 @@ VAE_FIXED: dict[str, Any] = {
     "mid_block_add_attention": True, "shift_factor": None, "use_post_quant_conv": True, "use_quant_conv": True,
 }  # fmt: skip
 TEXT_FIXED: dict[str, Any] = {"hidden_act": "gelu", "model_type": "clip_text_model"}
-BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")
+BLOCKS = ["block_out_channels", "down_block_types", "up_block_types"]
 
 
 class Config:
     """Base of the configs: frozen dataclasses of the fields that are read, by their published names and types.
 
-    A subclass names its owner, for the errors; the fields of which one value is implemented; those required besides
-    the ones without default; those of no effect (None = all others); what a written file has besides; and the
-    fields that are lists of one entry per level.
+    A subclass names its owner, for the errors, and the fields of which one value is implemented.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-    _checks: ClassVar[dict[str, Any]]
-    _required: ClassVar[Collection[str]]
-    _levels: ClassVar[Collection[str]]
-    _notes: ClassVar[Mapping[str, Any]]
-
-    def __init_subclass__(
-        cls, *, owner: str = "", fixed: Mapping[str, Any] | None = None, required: Collection[str] = (),
-        unused: Collection[str] | None = (), notes: Mapping[str, Any] | None = None, levels: Collection[str] = (),
-    ) -> None:  # fmt: skip
-        cls._checks = {"owner": owner, "fixed": fixed or {}, "unused": unused}
-        cls._required, cls._notes, cls._levels = required, {**(fixed or {}), **(notes or {})}, levels
+    _owner: ClassVar[str]
+    _fixed: ClassVar[dict[str, Any]]
+    _required: ClassVar[list[str]] = []  # besides the fields without default
+    _unused: ClassVar[list[str] | None] = []  # fields of no effect, None = all others
+    _notes: ClassVar[dict[str, Any]] = {}  # what a written file has besides
+    _levels: ClassVar[list[str]] = []  # fields that are lists of one entry per level
 
     def __post_init__(self) -> None:
         """Every field of its annotation's type, every number above 0 and not absurd, one entry per level."""
@@ -72,13 +63,12 @@ class Config:
         for name in (field.name for field in fields(self)):
             value = as_type(name, getattr(self, name), kinds[name])
             object.__setattr__(self, name, value)
+            most = MAX_LAYERS if "layers" in name else MAX_SIZE
             for item in value if isinstance(value, tuple) else (value,):
                 if isinstance(item, float):
                     number(name, item, above=True, error=ConfigError)
                 elif type(item) is int:
-                    whole_number(
-                        name, item, 1, MAX_LAYERS if "layers" in name else MAX_SIZE, error=ConfigError
-                    )
+                    whole_number(name, item, 1, most, error=ConfigError)
         counts = {name: len(getattr(self, name)) for name in self._levels}
         if counts and not (len(set(counts.values())) == 1 and 1 <= max(counts.values()) <= MAX_LEVELS):
             said = ", ".join(f"{name} has {count}" for name, count in counts.items())
@@ -97,7 +87,8 @@ class Config:
         own, kinds = fields(cls), get_type_hints(cls)
         required = [*(field.name for field in own if field.default is MISSING), *cls._required]
         read = {field.name: kinds[field.name] for field in own}
-        return cls(**read_fields(config, read=read, required=required, **cls._checks))
+        options: dict[str, Any] = {"owner": cls._owner, "fixed": cls._fixed, "unused": cls._unused}
+        return cls(**read_fields(config, read=read, required=required, **options))
 
     @classmethod
     def spelled(cls, config: dict[str, Any], levels: int) -> dict[str, Any]:
@@ -109,7 +100,7 @@ class Config:
         own = {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
         }
-        return dict(sorted({**self._notes, **own}.items()))
+        return dict(sorted({**self._fixed, **self._notes, **own}.items()))
 
     def check_divides(self, divisor: str | int, name: str, value: int) -> None:
         """ConfigError unless a field, or a fixed number, divides another number of the config."""
@@ -143,22 +134,21 @@ class UNetSizes(Config):
 
 
 @dataclass(frozen=True)
-class UNetConfig(
-    UNetSizes, owner="an IF UNet", fixed=FIXED,
-    levels=("block_out_channels", "layers_per_block", "down_block_types", "up_block_types"),
-):  # fmt: skip
+class UNetConfig(UNetSizes):
     """Sizes of an IF UNet, by the names of the published config.json; the defaults are stage I's.
 
     `attention_head_dim` is the size of one head (the number of heads of a layer is its width over it);
     `norm_num_groups` divides every width, and 32 divides `cross_attention_dim`.
     """
 
+    _owner, _fixed, _levels = "an IF UNet", FIXED, [*BLOCKS, "layers_per_block"]
+
     block_out_channels: tuple[int, ...]
     layers_per_block: tuple[int, ...]
     cross_attention_dim: int
     encoder_hid_dim: int
-    down_block_types: tuple[Down, ...]
-    up_block_types: tuple[Up, ...]
+    down_block_types: tuple[Literal["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"], ...]
+    up_block_types: tuple[Literal["ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"], ...]
     in_channels: int
     out_channels: int = 6
     attention_head_dim: int = 64
@@ -195,15 +185,15 @@ class UNetConfig(
 
 
 @dataclass(frozen=True)
-class UpscalerUNetConfig(
-    UNetSizes, owner="the x4 upscaler's UNet", fixed=UNET_FIXED, levels=(*BLOCKS, "only_cross_attention")
-):
+class UpscalerUNetConfig(UNetSizes):
     """Sizes of the latent UNet of stage III, by the names of the published config.json.
 
     attention_head_dim: the NUMBER of heads of every layer, as in all Stable Diffusion configs. only_cross_attention:
     per level, whether its first attention too looks at the text alone; the middle block's looks at its own pixels
     whatever this says. num_class_embeds: how many noise levels it knows.
     """
+
+    _owner, _fixed, _levels = "the x4 upscaler's UNet", UNET_FIXED, [*BLOCKS, "only_cross_attention"]
 
     block_out_channels: tuple[int, ...]
     down_block_types: tuple[Literal["DownBlock2D", "CrossAttnDownBlock2D"], ...]
@@ -232,12 +222,14 @@ class UpscalerUNetConfig(
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig(Config, owner="the x4 upscaler's autoencoder", fixed=VAE_FIXED, levels=BLOCKS):
+class AutoencoderConfig(Config):
     """Sizes of the autoencoder, by the names of the published config.json.
 
     scaling_factor: what the UNet's latents are multiplied by. force_upcast: half precision overflows here, so float16
     is decoded in float32.
     """
+
+    _owner, _fixed, _levels = "the x4 upscaler's autoencoder", VAE_FIXED, BLOCKS
 
     block_out_channels: tuple[int, ...]
     down_block_types: tuple[Literal["DownEncoderBlock2D"], ...]
@@ -267,13 +259,14 @@ class AutoencoderConfig(Config, owner="the x4 upscaler's autoencoder", fixed=VAE
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig(
-    Config, owner="the upscaler's text tower", fixed=TEXT_FIXED, required=["hidden_act"], unused=None
-):
+class CLIPTextConfig(Config):
     """Sizes of the text tower, by the names of the published config.json.
 
     Training's fields are not read. A file without hidden_act means quick_gelu, which is not implemented.
     """
+
+    _owner, _fixed = "the upscaler's text tower", TEXT_FIXED
+    _required, _unused = ["hidden_act"], None
 
     hidden_size: int
     intermediate_size: int

@@ -31,10 +31,11 @@ NOTES: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class T5Config(
-    Config, owner="T5 v1.1", fixed=FIXED, required=["feed_forward_proj"], unused=None, notes=NOTES
-):
+class T5Config(Config):
     """Sizes of a T5 v1.1 encoder, by the names of the published config.json; d_kv is the size of one head."""
+
+    _owner, _fixed, _notes = "T5 v1.1", FIXED, NOTES
+    _required, _unused = ["feed_forward_proj"], None
 
     vocab_size: int
     d_model: int
