@@ -11,7 +11,7 @@ from ..errors import CapacityError, InputError
 from ..files.atomic import write_atomically
 from ..files.hub import Folder, Repository, Source, hub_errors, open_source
 from . import glide
-from .loading import index_names
+from .loading import weight_names
 from .planning import TOO_LARGE, Plan, human_bytes
 from .releases import NETWORKS, PARTS, SMALL_FILES, T5_FILE, T5_JSON, weight_paths
 
@@ -76,9 +76,8 @@ def _wanted(repo_id: str, part: str, variant: str | None) -> dict[str, int]:
     patterns += [name for names in glide.CLIP_FILES for name in names] if part == "noise_clip" else []
     for network in (network for network in NETWORKS if network.part == part and network.base):
         dot = "" if variant is None else f".{variant}"
-        weights = [f"{network.base}{dot}{shard}.safetensors" for shard in ("", "-*-of-*")]
-        names = ["config.json", *weights, *index_names(network.base, variant)]
-        patterns += [f"{network.subfolder}/{name}" for name in names]
+        weights = [*weight_names(network.base, variant), f"{network.base}{dot}-*-of-*.safetensors"]
+        patterns += [f"{network.subfolder}/{name}" for name in ("config.json", *weights)]
     return {name: size for name, size in sizes.items() if any(fnmatchcase(name, p) for p in patterns)}
 
 

@@ -55,8 +55,8 @@ def missing(folder: Path) -> list[str]:
     return [name for name in FILES if not (folder / name).is_file()]
 
 
-def fetch_glide(folder: Path, *, progress: bool | None = None) -> Path:
-    """Bring what is missing into a folder; returns the folder. progress None = a bar where there is a terminal."""
+def fetch_glide(folder: Path) -> Path:
+    """Bring what is missing into a folder, with a bar where there is a terminal; returns the folder."""
     lacking = missing(folder)
     if lacking:
         refuse_offline(f"GLIDE's noise-aware CLIP ({', '.join(lacking)}) is not in {folder}")
@@ -64,7 +64,7 @@ def fetch_glide(folder: Path, *, progress: bool | None = None) -> Path:
         if name == MERGES[0]:
             write_atomically(folder / name, require(MERGES_FROM, name).read_bytes())
         else:
-            _download(folder / name, sys.stderr.isatty() if progress is None else progress)
+            _download(folder / name)
     return folder
 
 
@@ -92,12 +92,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _download(path: Path, progress: bool) -> None:
+def _download(path: Path) -> None:
     """One tower, whole and of the right size, or not at all."""
     url, part = URL.format(path.stem), path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(part), progress=progress)
+        torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
         if sum(tensor.numel() for tensor in read_pickle(part).values()) != PARAMETERS[path.stem]:
             raise SourceError("it is cut off or damaged")
         os.replace(part, path)

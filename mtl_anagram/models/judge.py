@@ -8,13 +8,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
-WIDTHS = (32, 64, 128, 192)
-
 
 class Judge(nn.Module):
     """Convolutions at 32, 16, 8 and 4 pixels, their mean, and one logit for each of `names`, in their order."""
 
-    def __init__(self, names: list[str], widths: tuple[int, ...] = WIDTHS) -> None:
+    def __init__(self, names: list[str], widths: tuple[int, ...] = (32, 64, 128, 192)) -> None:
         super().__init__()
         self.names = list(names)
         self.blocks = nn.ModuleList(

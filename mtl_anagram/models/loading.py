@@ -90,8 +90,7 @@ def load_tokenizer(source: Source, *, subfolder: Name = "tokenizer") -> T5Tokeni
         files = open_source(source, subfolder, "spiece.model")
     except SourceError:  # the tokenizer's own folder, perhaps
         files = open_source(source, subfolder, "tokenizer.json")
-    path = files.get("spiece.model") or files.get("tokenizer.json")
-    return T5Tokenizer(path or require(files, "spiece.model"))
+    return T5Tokenizer(require(files, "spiece.model", "tokenizer.json"))
 
 
 def load_noise_clip(
@@ -134,19 +133,20 @@ def load_judge(
     return assemble(lambda: Judge(known), shards, dtype=dtype, device=device)
 
 
-def index_names(base: str, variant: Name) -> list[str]:
-    """What a sharded model's index may be called: transformers' and diffusers' ways."""
+def weight_names(base: str, variant: Name) -> list[str]:
+    """How a model's weight file may be called, then its shards' index: transformers' and diffusers' ways."""
     dot = "" if variant is None else f".{variant}"
-    return list(dict.fromkeys((f"{base}.safetensors.index{dot}.json", f"{base}{dot}.safetensors.index.json")))
+    indices = f"{base}.safetensors.index{dot}.json", f"{base}{dot}.safetensors.index.json"
+    return [f"{base}{dot}.safetensors", *dict.fromkeys(indices)]
 
 
 def weight_files(files: Files, base: str, variant: Name) -> list[Path]:
     """The safetensors files of a model: one, or the shards that an index names."""
     if variant is not None and (not isinstance(variant, str) or not variant.isidentifier()):
         raise InputError(f"variant={variant!r} must be a word such as 'fp16', or None")
-    whole = f"{base}.safetensors" if variant is None else f"{base}.{variant}.safetensors"
+    whole, *indices = weight_names(base, variant)
     remedy = "; a pickled .bin is not read: convert it; or leave variant out, for the files without one"
-    path = require(files, whole, *index_names(base, variant), remedy=remedy)
+    path = require(files, whole, *indices, remedy=remedy)
     if path.name == whole:
         return [path]
     weight_map = read_json(path).get("weight_map")
@@ -175,13 +175,9 @@ def assemble(
         if not cast.isfinite().all():
             overflow = f"its values overflow {cast.dtype}: load in float32 or bfloat16"
             reason = overflow if tensor.isfinite().all() else "it is damaged: download it again"
-            raise WeightsError(f"{_origin(state)}: {name} is not finite; {reason}")
+            raise WeightsError(f"{getattr(state, 'origin', 'the file')}: {name} is not finite; {reason}")
     module.load_state_dict(placed, strict=True, assign=True)
     return module.eval().requires_grad_(False)
-
-
-def _origin(state: Mapping[str, Tensor]) -> str:
-    return state.origin if isinstance(state, Shards) else "the file"
 
 
 def check_fit(build: Callable[[], M], state: Mapping[str, Tensor]) -> M:
@@ -196,9 +192,10 @@ def check_fit(build: Callable[[], M], state: Mapping[str, Tensor]) -> M:
     wrong += [f"misshapen: {n} {found[n]}, expected {expected[n]}" for n in both if found[n] != expected[n]]
     wrong += [f"not floating: {n} {state[n].dtype}" for n in both if state[n].dtype not in FLOATS]
     if wrong:
+        origin, kind = getattr(state, "origin", "the file"), type(module).__name__
         said = f"as its config describes it: {len(wrong)} tensors differ, {'; '.join(wrong[:6])}"
         remedy = "Take config and weights from the same release"
-        raise WeightsError(f"{_origin(state)} does not fit {type(module).__name__} {said}. {remedy}")
+        raise WeightsError(f"{origin} does not fit {kind} {said}. {remedy}")
     return module
 
 
@@ -210,11 +207,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device(there[0])
     # By their names: torch counts modulo 256, cuda:256 would be cuda:0.
     there += [f"cuda:{i}" for i in range(cuda)]
-    if not isinstance(device, str | torch.device) or str(device) not in (
-        *there,
-        "cpu:0",
-        *["mps:0"] * ("mps" in there),
-    ):
+    if str(device) not in (*there, "cpu:0", *["mps:0"] * ("mps" in there)):
         said = f"which has {cuda} CUDA devices: use {', '.join(map(repr, there))}, or None for the best"
         raise InputError(f"device={device!r} is not on this machine, {said}")
     return torch.device(device)
