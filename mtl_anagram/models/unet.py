@@ -28,11 +28,11 @@ class UNet(parts.UNetBase):
     computes them by a Triton kernel (CUDA; without a GPU tested by Triton's interpreter alone), not by torch's.
     """
 
+    config: UNetConfig
     token_maps = "fused"
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
-        self.config = config
         widths, time, text = config.block_out_channels, config.time_width, config.encoder_hid_dim
         self.time_embedding = parts.TimestepEmbedding(widths[0], time)
         if config.class_embed_type is not None:
@@ -153,27 +153,23 @@ class UNet(parts.UNetBase):
     def _inputs(
         self, x: Tensor, t: Number, context: TextContext, class_labels: Number | None
     ) -> tuple[Tensor, Tensor]:
-        """A call's picture, as the network takes it, and its embedding, one row each."""
-        x, rows = self.picture(x), context.pooled.shape[0]  # not len(), which would fix the number in a graph
+        """A call's picture, as the network takes it; time, level and pooled text as one activated embedding."""
+        config, x = self.config, self.picture(x)
+        rows = context.pooled.shape[0]  # not len(), which would fix the number in a graph
         if rows != x.shape[0]:
             raise InputError(f"{rows} rows of text for {x.shape[0]} pictures: give one per picture")
-        emb = self._embed(rows, t, context, class_labels)
-        if x.device.type == "cpu" and not self._records(x):
-            # Convolutions on a CPU are faster where a pixel's channels lie together, and hand that layout on; so
-            # the weights can lie as they are. Gradients are not: 2 to 16% more time a step of training.
-            x = x.contiguous(memory_format=torch.channels_last)
-        return x, emb
-
-    def _embed(self, rows: int, t: Number, context: TextContext, class_labels: Number | None) -> Tensor:
-        """Time, noise level and pooled text as one activated embedding (R, time width)."""
-        config = self.config
         if (class_labels is None) != (config.class_embed_type is None):
             raise InputError("class_labels: a stage II needs its noise level (0 to 999), a stage I has none")
         emb = self.time_embedding(self.numbers("t", t, rows))
         if class_labels is not None:
             emb = emb + self.class_embedding(self.numbers("class_labels", class_labels, rows))
-        emb = emb + context.pooled
+        emb = emb + context.pooled  # (R, time width)
         if config.time_embedding_act_fn is not None:
             emb = F.gelu(emb)
         # Every resnet of a stage I activates the same embedding; once is enough.
-        return emb if config.resnet_skip_time_act else F.gelu(emb)
+        emb = emb if config.resnet_skip_time_act else F.gelu(emb)
+        if x.device.type == "cpu" and not self._records(x):
+            # Convolutions on a CPU are faster where a pixel's channels lie together, and hand that layout on; so
+            # the weights can lie as they are. Gradients are not: 2 to 16% more time a step of training.
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x, emb

@@ -262,14 +262,14 @@ class UNetBase(nn.Module):
 
     def __init__(self, config: UNetSizes) -> None:
         super().__init__()
-        self.sizes = config
+        self.config = config
         self.conv_in = nn.Conv2d(config.in_channels, config.block_out_channels[0], 3, padding=1)
 
     def add_levels(
         self, layers: Sequence[int], level: Callable[[list[int], int, str, str | None], Block]
     ) -> None:
         """Everything after the embeddings; level(widths in, place, kind, resample) makes a level's block."""
-        config, widths = self.sizes, self.sizes.block_out_channels
+        config, widths = self.config, self.config.block_out_channels
         last, h = len(widths) - 1, widths[-1]
         skips = [widths[0]]  # widths of what the down path hands over, in order
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
@@ -308,7 +308,7 @@ class UNetBase(nn.Module):
 
     def picture(self, x: Tensor) -> Tensor:
         """A call's picture, checked, in the network's dtype."""
-        channels, factor = self.sizes.in_channels, self.sizes.size_factor
+        channels, factor = self.config.in_channels, self.config.size_factor
         if x.ndim != 4 or x.shape[1] != channels or not all(n and n % factor == 0 for n in x.shape[-2:]):
             raise InputError(
                 f"x of shape {tuple(x.shape)}: expected (rows, {channels}, H, W), H and W multiples of {factor}"

@@ -103,9 +103,11 @@ class UpscalerUNet(UNetBase):
     pixels: at 256 px of latents that is what keeps them affordable.
     """
 
+    config: UpscalerUNetConfig
+
     def __init__(self, config: UpscalerUNetConfig) -> None:
         super().__init__(config)
-        self.config, widths = config, config.block_out_channels
+        widths = config.block_out_channels
         self.time_embedding = TimestepEmbedding(widths[0], config.time_width, F.silu)
         self.class_embedding = nn.Embedding(config.num_class_embeds, config.time_width)
 
