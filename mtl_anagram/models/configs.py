@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from ..errors import ConfigError, as_type, number, read_fields, whole_number
@@ -97,9 +97,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json in the published layout, all fields spelled, sorted."""
-        own = {
-            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
-        }
+        own = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         return dict(sorted({**self._fixed, **self._notes, **own}.items()))
 
     def check_divides(self, divisor: str | int, name: str, value: int) -> None:

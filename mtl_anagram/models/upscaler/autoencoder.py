@@ -149,17 +149,13 @@ class Trunk(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3)
 
-    def layers(self) -> list[nn.Module]:
-        """All between the outer convolutions, in order."""
+    def forward(self, x: Tensor, band: int | None) -> Tensor:
         levels = cast("Iterable[nn.ModuleDict]", getattr(self, self.levels))
         parts = [cast("nn.ModuleList", part) for level in levels for part in level.values()]
         outer = [layer for part in parts for layer in part]
         (attend,), (before, after) = (cast("nn.ModuleList", part) for part in self.mid_block.values())
-        return [before, attend, after, *outer] if self.up else [*outer, before, attend, after]
-
-    def forward(self, x: Tensor, band: int | None) -> Tensor:
         x = convolve(self.conv_in, x, band)
-        for layer in self.layers():
+        for layer in [before, attend, after, *outer] if self.up else [*outer, before, attend, after]:
             x = layer(x, band)
         return convolve(self.conv_out, x, band, norm=self.conv_norm_out)
 

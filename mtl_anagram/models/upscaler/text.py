@@ -42,11 +42,9 @@ class UpscalerTokenizer:
 
     def __call__(self, texts: Sequence[str], max_length: int = 77) -> Tensor:
         """B texts -> ids (B, max_length) long: the start, at most max_length - 2 tokens, the end, padding."""
-        ids = torch.full((len(texts), max_length), self.pad, dtype=torch.long, device="cpu")
-        for row, text in enumerate(texts):
-            found = [self.special[START], *self.encode(text)[: max_length - 2], self.special[END]]
-            ids[row, : len(found)] = torch.tensor(found, device="cpu")
-        return ids
+        start, end = self.special[START], self.special[END]
+        rows = [[start, *self.encode(text)[: max_length - 2], end] for text in texts]
+        return torch.tensor([row + [self.pad] * (max_length - len(row)) for row in rows], device="cpu")
 
     def encode(self, text: str) -> list[int]:
         """The text's ids, without start and end, neither cut nor padded."""
