@@ -68,8 +68,8 @@ def forward(
         for resnet, layer in block.layers():
             h = attended(layer, resnet(h, emb))
             skips.append(h)
-        if block.resampler is not None:
-            h = block.resampler(h, emb)
+        for resampler in block.downsamplers:
+            h = resampler(h, emb)
             skips.append(h)
     h = unet.mid_block.resnets[0](h, emb)
     h = attended(unet.mid_block.attentions[0], h)
@@ -77,6 +77,6 @@ def forward(
     for block in unet.up_blocks:
         for resnet, layer in block.layers():
             h = attended(layer, resnet(torch.cat([h, skips.pop()], dim=1), emb))
-        if block.resampler is not None:
-            h = block.resampler(h, emb)
+        for resampler in block.upsamplers:
+            h = resampler(h, emb)
     return unet.conv_out(F.gelu(unet.conv_norm_out(h)))

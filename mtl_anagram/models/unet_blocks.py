@@ -241,20 +241,15 @@ class Block(nn.Module):
         attend: Callable[[], nn.Module], resampler: Callable[[], nn.Module],
     ) -> None:  # fmt: skip
         super().__init__()
-        self.resample = resample
         count = 1 if kind == MIDDLE else len(in_widths) if "Attn" in kind else 0
         self.attentions = nn.ModuleList([attend() for _ in range(count)])
         self.resnets = nn.ModuleList([resnet(width) for width in in_widths])
-        if resample is not None:
-            setattr(self, f"{resample}samplers", nn.ModuleList([resampler()]))
+        self.downsamplers = nn.ModuleList([resampler()] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([resampler()] if resample == "up" else [])
 
     def layers(self) -> list[tuple[nn.Module, nn.Module | None]]:
         """The level's resnets, each with its attention or None."""
         return list(zip_longest(self.resnets, self.attentions))
-
-    @property
-    def resampler(self) -> nn.Module | None:
-        return None if self.resample is None else getattr(self, f"{self.resample}samplers")[0]
 
 
 class UNetBase(nn.Module):
@@ -302,8 +297,8 @@ class UNetBase(nn.Module):
         for path, blocks in (("push", self.down_blocks), ("", [self.mid_block]), ("pop", self.up_blocks)):
             for block in cast("Iterable[Block]", blocks):
                 steps += [(path, resnet, attend) for resnet, attend in block.layers()]
-                if block.resampler is not None:
-                    steps.append(("" if path == "pop" else path, block.resampler, None))
+                steps += [("push", resampler, None) for resampler in block.downsamplers]
+                steps += [("", resampler, None) for resampler in block.upsamplers]
         return steps
 
     def picture(self, x: Tensor) -> Tensor:
