@@ -134,15 +134,14 @@ class Trunk(nn.Module):
         groups, middle, self.up = config.norm_num_groups, config.block_out_channels[-1], up
         widths = config.block_out_channels[:: -1 if up else 1]
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3)
-        self.levels = f"{'up' if up else 'down'}_blocks"
-        setattr(self, self.levels, nn.ModuleList())
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()  # one of them stays empty
         for i, width in enumerate(widths):
             # The way up has one more.
             inner = [widths[max(i - 1, 0)]] + [width] * (config.layers_per_block - 1 + up)
             level = nn.ModuleDict({"resnets": nn.ModuleList(Resnet(w, width, groups) for w in inner)})
             if i < len(widths) - 1:
                 level["upsamplers" if up else "downsamplers"] = nn.ModuleList([Resampler(width, up=up)])
-            getattr(self, self.levels).append(level)
+            (self.up_blocks if up else self.down_blocks).append(level)
         resnets = nn.ModuleList(Resnet(middle, middle, groups) for _ in range(2))
         attentions = nn.ModuleList([Attention(middle, groups)])
         self.mid_block = nn.ModuleDict({"attentions": attentions, "resnets": resnets})
@@ -150,7 +149,7 @@ class Trunk(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3)
 
     def forward(self, x: Tensor, band: int | None) -> Tensor:
-        levels = cast("Iterable[nn.ModuleDict]", getattr(self, self.levels))
+        levels = cast("Iterable[nn.ModuleDict]", (*self.down_blocks, *self.up_blocks))
         parts = [cast("nn.ModuleList", part) for level in levels for part in level.values()]
         outer = [layer for part in parts for layer in part]
         (attend,), (before, after) = (cast("nn.ModuleList", part) for part in self.mid_block.values())
