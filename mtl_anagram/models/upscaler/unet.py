@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..attention import split
+from ..attention import multi_head
 from ..configs import UpscalerUNetConfig
 from ..unet_blocks import MIDDLE, Block, NamedAttention, Number, Resnet, TimestepEmbedding, UNetBase, upconv
 
@@ -17,7 +17,7 @@ TRANSFORMER_NORM_EPS = 1e-6  # of the group norm before a transformer; the confi
 
 @dataclass(frozen=True)
 class UpscalerText:
-    """A text's keys and values (R, N, L, d) by attention layer, the same at every step; `text[a:b]` = some rows."""
+    """A text's keys and values (R, L, N d) by attention layer, the same at every step; `text[a:b]` = some rows."""
 
     layers: dict[str, tuple[Tensor, Tensor]]
 
@@ -38,13 +38,12 @@ class Attention(NamedAttention):
         self.reads_text = context is not None
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Text states or pixels (R, S, D) -> keys and values (R, N, S, d)."""
-        return split(self.to_k(states), self.heads), split(self.to_v(states), self.heads)
+        """Text states or pixels (R, S, D) -> keys and values (R, S, N d)."""
+        return self.to_k(states), self.to_v(states)
 
     def forward(self, pixels: Tensor, text: UpscalerText) -> Tensor:
-        q = split(self.to_q(pixels), self.heads)
         k, v = text.layers[self.name] if self.reads_text else self.project(pixels)
-        return self.to_out[0](rearrange(F.scaled_dot_product_attention(q, k, v), "r n l d -> r l (n d)"))
+        return self.to_out[0](multi_head(self.to_q(pixels), k, v, self.heads))
 
 
 class TransformerBlock(nn.Module):
