@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from einops import rearrange
 
 from mtl_anagram.models.attention import attention_with_columns, multi_head, sinusoids, split
 from tests.helpers import relative
@@ -35,8 +34,7 @@ def inputs(keys=KEYS):
 
 def attention(q, k, v, **options):
     """`multi_head` of heads that lie apart, (B, N, Q, d)."""
-    beside = [rearrange(x, "b n l d -> b l (n d)") for x in (q, k, v)]
-    return split(multi_head(*beside, HEADS, **options), HEADS)
+    return split(multi_head(*(x.transpose(1, 2).flatten(2) for x in (q, k, v)), HEADS, **options), HEADS)
 
 
 def masks():

@@ -53,10 +53,7 @@ def compare(form, dtype=torch.float32, queries=70, keys=85, width=20, tolerance=
     columns = torch.zeros(2, 66, 3)
     columns[0, [2, 65], [0, 1]] = 1
     columns[1, [0, 9, 10], [0, 1, 2]] = 1
-    results, exact = (
-        form(q, k, v, columns),
-        [x.detach().double().requires_grad_() for x in (q, k, v)],
-    )
+    results, exact = form(q, k, v, columns), [x.detach().double().requires_grad_() for x in (q, k, v)]
     wanted = plain(*exact, columns)
     grads = [torch.randn(x.shape, generator=draws) for x in wanted]
     results += torch.autograd.grad(
