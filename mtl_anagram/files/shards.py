@@ -1,34 +1,27 @@
 """safetensors files, memory-mapped: names, shapes and dtypes at once, values when they are used."""
 
 import ctypes
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import SourceError, WeightsError
 
 
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """safetensors' own reader of a file (it has no types); SourceError where the file is cut or something else."""
-    from safetensors import SafetensorError, safe_open
+def read_safetensors(path: Path, *names: str) -> dict[str, Tensor]:
+    """A file's tensors by name (none named = all), memory-mapped, on the CPU.
 
+    SourceError where the file is cut or something else.
+    """
     try:
         # Whatever the host has set: else tensors could be on another device, or take part in no gradient.
         with torch.device("cpu"), torch.inference_mode(False), safe_open(path, "pt", device="cpu") as file:
-            yield file
+            return {name: file.get_tensor(name) for name in names or file.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise SourceError(f"{path} is not a whole safetensors file ({error}); download it again") from error
-
-
-def read_safetensors(path: Path, *names: str) -> dict[str, Tensor]:
-    """A file's tensors by name (none named = all), memory-mapped, on the CPU."""
-    with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in names or file.keys()}
 
 
 class Shards(dict[str, Tensor]):
