@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,7 +30,6 @@ from .views import View, view_from_metadata
 
 OnStep = Callable[[list[int], int, StepState], None]
 Checksums = tuple[dict[str, str], dict[str, str]]  # of files up to stage II, and of stage III's
-Folders = Mapping[SamplingRun, Path]
 
 
 def generate_anagram(
@@ -75,19 +73,18 @@ def generate_anagram(
     id, or a Cascade. progress: show bars. on_step(seeds, stage, state) is called at every step (`Preview` is one). All
     else: as `Cascade.sample`, whose errors and warnings come before any sampling starts.
     """
-    seeds = check_seeds(seed)
     check_kinds(on_step=(on_step, Callable, type(None)), recipe=(recipe, Recipe, type(None)))
     folder = outputs.check_folder(save_dir)
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     cascade = cascade_of(model, device)
     run = cascade.sample(
-        prompts, views, seeds, style=style, negative=negative, concepts=concepts, view_args=view_args,
+        prompts, views, seed, style=style, negative=negative, concepts=concepts, view_args=view_args,
         recipe=dataclasses.replace(recipe or cascade.recipe, **changes), size=size, stop_after=stop_after,
         noise_level=noise_level, upscale=upscale, batch_size=batch_size, combine=combine, step=step, after=after,
         start_from=start_from, strength=strength, reference=reference, reference_view=reference_view,
     )  # fmt: skip
-    return write_run(cascade, run, folder, overwrite, progress, on_step)
+    return write_run(run, folder, overwrite, progress, on_step)
 
 
 def repeat_anagram(
@@ -134,9 +131,9 @@ def repeat_anagram(
         said = f"was made with rules of one's own, {rules}, and now there are {own}"
         raise InputError(f"{metadata} {said}: give the same as combine=, step= and after=")
     run.request = dataclasses.replace(run.request, style=request["style"])
-    anagram = write_run(cascade, run, folder, overwrite, progress, None, found)[0]
-    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in anagram.pictures.values()}
-    other = [name for name, found_sum in sums.items() if recorded_sums.get(name) != found_sum]
+    anagram = write_run(run, folder, overwrite, progress, checksums=found)[0]
+    names, made = [path.name for path in anagram.pictures.values()], outputs.read_metadata(anagram.folder)
+    other = [name for name in names if recorded_sums.get(name) != made["pictures"][name]]
     if other:
         said = f"{', '.join(other)} in {anagram.folder} is not the recorded picture to the bit, which was made with"
         said += f" {content['made_with']}: another device, dtype, version or batch rounds differently"
@@ -217,13 +214,14 @@ def request_of(run: SamplingRun, files: dict[str, str], files_3: dict[str, str])
 
 
 def write_run(
-    cascade: Cascade, run: SamplingRun, folder: Path, overwrite: bool = False, progress: bool = False,
+    run: SamplingRun, folder: Path, overwrite: bool = False, progress: bool = False,
     on_step: OnStep | None = None, checksums: Checksums | None = None,
 ) -> list[Anagram]:  # fmt: skip
     """Run what is not there yet, write each stage's pictures when they are made, and metadata last."""
-    checksums = checksums or checksums_of(cascade, run.sizes)
+    checksums = checksums or checksums_of(run)
     jobs = [(run, seed) for seed in run.seeds]
-    done = {} if overwrite else finished_jobs(jobs, {run: folder}, checksums)
+    there = [] if overwrite else [(job, finished_job(job, folder, checksums)) for job in jobs]
+    done = {job: found for job, found in there if found is not None}
     todo = [job for job in jobs if job not in done]
     for _, seed in todo:
         outputs.check_folder(outputs.folder_of(folder, seed), write=True)
@@ -245,28 +243,25 @@ def write_run(
     return [done[job] for job in jobs]
 
 
-def checksums_of(cascade: Cascade, sizes: Sequence[Any]) -> Checksums:
-    """What identifies the files that pictures of these sizes depend on, those of stage III apart."""
-    return cascade.checksums(), cascade.checksums(parts=["stage_3"]) if len(sizes) > 2 else {}
+def checksums_of(run: SamplingRun) -> Checksums:
+    """What identifies the files that a run's pictures depend on, those of stage III apart."""
+    return run.models.checksums(), run.models.checksums(parts=["stage_3"]) if len(run.sizes) > 2 else {}
 
 
-def finished_jobs(jobs: Sequence[Job], folders: Folders, checksums: Checksums) -> dict[Job, Anagram]:
-    """Which pictures are there whole; InputError where a folder holds another request's."""
+def finished_job(job: Job, folder: Path, checksums: Checksums) -> Anagram | None:
+    """A picture that is there whole, else None; InputError where the folder holds another request's."""
 
     def normal(old: dict[str, Any]) -> dict[str, Any]:  # with the fields that older versions did not write
         return {**old, "recipe": Recipe.from_dict(old["recipe"]).to_dict()}
 
-    done = {}
-    for run, seed in jobs:
-        request, dtype = request_of(run, *checksums), str(run.models.dtype).removeprefix("torch.")
-        found = outputs.finished(folders[run], seed, request, run.sizes, dtype=dtype, normal=normal)
-        if found is not None:
-            done[run, seed] = dataclasses.replace(found, warnings=(*run.warnings, *found.warnings))
-    return done
+    run, seed = job
+    request, dtype = request_of(run, *checksums), str(run.models.dtype).removeprefix("torch.")
+    found = outputs.finished(folder, seed, request, run.sizes, dtype=dtype, normal=normal)
+    return found and dataclasses.replace(found, warnings=(*run.warnings, *found.warnings))
 
 
 def write_jobs(
-    jobs: Sequence[Job], todo: Collection[Job], folders: Folders, checksums: Checksums,
+    jobs: Sequence[Job], todo: Collection[Job], folders: Mapping[SamplingRun, Path], checksums: Checksums,
     batch_size: int, watch: Callable[[Sequence[Job], int, StepState], None] | None = None, overwrite: bool = False,
 ) -> dict[Job, Anagram]:  # fmt: skip
     """Sample jobs, which may be in one batch, and write those of `todo`, each into its run's folder."""

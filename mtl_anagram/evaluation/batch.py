@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..cascade import Cascade, SamplingRun, check_seeds
+from ..cascade import Cascade, SamplingRun
 from ..cascade.run import Job
 from ..errors import AnagramError, InputError, SourceError, whole_number
 from ..files import outputs
@@ -26,7 +26,7 @@ from ..files.claims import Claims, locked, restarted
 from ..files.hub import Source
 from ..files.outputs import Anagram
 from ..files.prompt_cache import PromptCache
-from ..generate import cascade_of, checksums_of, finished_jobs, write_jobs
+from ..generate import cascade_of, checksums_of, finished_job, write_jobs
 from ..sampling import Recipe, UpscaleRecipe
 
 log = logging.getLogger("mtl_anagram")
@@ -110,7 +110,7 @@ def _request(line: str, cascade: Cascade) -> tuple[str, SamplingRun]:
         given["upscale"] = UpscaleRecipe.from_dict(given["upscale"])
     if isinstance(given.get("size"), list):
         given["size"] = tuple(given["size"])
-    seeds = check_seeds(given.pop("seed", 0))
+    seeds = given.pop("seed", 0)
     recipe = dataclasses.replace(recipe or cascade.recipe, **changes)
     return name, cascade.sample(seeds=seeds, recipe=recipe, **given)
 
@@ -123,7 +123,7 @@ class _Batch:
         self.names = {run: name for name, run in runs.items()}
         self.folders = {run: folder / name for name, run in runs.items()}
         self.jobs = [(run, seed) for run in self.names for seed in run.seeds]
-        self.checksums = checksums_of(cascade, max((run.sizes for run in self.names), key=len))
+        self.checksums = checksums_of(max(self.names, key=lambda run: len(run.sizes)))
         self.claims = Claims(folder / STATE)
         self.groups = self._groups()
 
@@ -161,14 +161,14 @@ class _Batch:
         launch = os.environ.get("RANK", "0") == "0" and not restarted()
         with locked(self.folder / STATE / LOCK):  # no other process writes meanwhile
             remove_leftovers(self.folder)
-            before, lines = self._manifest(), []
+            lines = self._manifest()
             for job in self.jobs:
-                line = before.pop(self._title(job), None)
+                title = self._title(job)
                 if (found := self._finished(job)) is not None:
-                    lines.append(self._line(job, found))
-                elif line is not None and line["status"] == "failed" and not launch:
-                    lines.append(line)
-            self._write_manifest([*before.values(), *lines])
+                    lines[title] = self._line(job, found)
+                elif launch or lines.get(title, {}).get("status") == "done":
+                    lines.pop(title, None)
+            self._write_manifest(lines)
 
     def _make(self, name: str, group: list[Job]) -> None:
         """One group; where that kills its worker or raises, each of its pictures by itself."""
@@ -195,7 +195,7 @@ class _Batch:
         own = outputs.folder_of(self.folders[job[0]], job[1])
         said = "a picture is not the one that was written"
         try:
-            found = finished_jobs([job], self.folders, self.checksums).get(job)
+            found = finished_job(job, self.folders[job[0]], self.checksums)
         except outputs.DamagedError as error:
             found, said = None, str(error)
         if found is None and (own / outputs.METADATA).is_file():
@@ -214,16 +214,16 @@ class _Batch:
 
     def _note(self, made: Mapping[Job, Anagram] | Mapping[Job, str]) -> None:
         with locked(self.folder / STATE / LOCK):
-            lines = [self._line(job, found) for job, found in made.items()]
-            self._write_manifest([*self._manifest().values(), *lines])
+            lines = {self._title(job): self._line(job, found) for job, found in made.items()}
+            self._write_manifest(self._manifest() | lines)
 
     def _manifest(self) -> dict[str, Line]:
         path = self.folder / MANIFEST
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         return {f"{line['name']}/{line['seed']:04d}": line for line in lines}
 
-    def _write_manifest(self, lines: list[Line]) -> None:
-        """One line for each picture, the last; in the requests' order, after what other files asked for."""
-        own = {f"{line['name']}/{line['seed']:04d}": json.dumps(line) + "\n" for line in lines}
-        asked = [own.pop(title) for job in self.jobs if (title := self._title(job)) in own]
-        write_atomically(self.folder / MANIFEST, "".join([*own.values(), *asked]).encode())
+    def _write_manifest(self, lines: dict[str, Line]) -> None:
+        """In the requests' order, after what other files asked for."""
+        asked = {title: lines.pop(title) for job in self.jobs if (title := self._title(job)) in lines}
+        text = "".join(json.dumps(line) + "\n" for line in (lines | asked).values())
+        write_atomically(self.folder / MANIFEST, text.encode())

@@ -70,7 +70,7 @@ def best_of(
     run = cascade.sample(prompts, views, range(seed, seed + count), style=style, **options)
     run.begun = {}  # so that stage I of the best is not sampled again
     first, apart = run.only(run.seeds, stages=1), folder / "candidates"
-    made = write_run(cascade, first, apart, overwrite, progress, on_step)
+    made = write_run(first, apart, overwrite, progress, on_step)
     pictures = [decode_png(anagram.pictures[run.sizes[0]].read_bytes()) for anagram in made]
     scores, best = by_clip(run, torch.stack(pictures))
     rows = torch.stack([best, alignment(scores), concealment(scores, TEMPERATURE)], dim=1).tolist()
@@ -79,7 +79,7 @@ def best_of(
     kept = {str(candidate.anagram.seed): candidate.score for candidate in candidates}
     write_atomically(apart / SCORES, json.dumps(kept, indent=1).encode())
     winner = run.only([candidates[0].anagram.seed])
-    return write_run(cascade, winner, folder, overwrite, progress, on_step)[0], candidates
+    return write_run(winner, folder, overwrite, progress, on_step)[0], candidates
 
 
 @torch.no_grad()
