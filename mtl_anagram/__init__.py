@@ -15,8 +15,8 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from .evaluation.protocol import Protocol, evaluate
+    from .files.images import Preview
     from .files.outputs import Anagram
-    from .files.preview import Preview
     from .generate import generate_anagram, repeat_anagram
     from .sampling import Recipe, UpscaleRecipe
     from .views import View, get_views
@@ -28,7 +28,7 @@ __all__ = [
     "generate_anagram", "get_views", "repeat_anagram",
 ]  # fmt: skip
 # A name's module is imported when the name is first used: the command answers --help without torch.
-_HOMES = {"Anagram": "files.outputs", "Cascade": "cascade", "Preview": "files.preview"}
+_HOMES = {"Anagram": "files.outputs", "Cascade": "cascade", "Preview": "files.images"}
 _HOMES |= dict.fromkeys(["Protocol", "evaluate"], "evaluation.protocol")
 _HOMES |= dict.fromkeys(["Recipe", "UpscaleRecipe"], "sampling")
 _HOMES |= dict.fromkeys(["View", "get_views"], "views")

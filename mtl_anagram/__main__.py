@@ -187,7 +187,7 @@ def _cascade(options: argparse.Namespace) -> Cascade:
 def _generate(options: argparse.Namespace) -> None:
     from .errors import InputError
     from .evaluation.best_of import best_of
-    from .files.preview import Preview
+    from .files.images import Preview
     from .generate import generate_anagram
     from .sampling import Recipe, UpscaleRecipe
 
