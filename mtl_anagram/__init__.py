@@ -38,9 +38,7 @@ _HOMES |= dict.fromkeys(["generate_anagram", "repeat_anagram"], "generate")
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
-    globals()[name] = value
-    return value
+    return getattr(import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -156,12 +156,11 @@ def _arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
             prompt = f"{prompt[:start]}[{prompt[start:stop]}]{prompt[stop:]}"
         prompts.append(prompt)
         concepts.append(concept if start is None else None)
-    size, stop = (tuple(s) if isinstance(s, list) else s for s in (sizes[0], sizes[-1]))
     views, recipe = [*map(view_from_metadata, request["views"])], Recipe.from_dict(request["recipe"])
     found = {"prompts": prompts, "views": views, "seeds": check_seeds(content["seed"]), "recipe": recipe}
     found |= {"noise_level": request["noise_level"], "concepts": concepts}
-    found |= {"negative": request.get("negative"), "size": size}
-    found["stop_after"] = stop[0] if isinstance(stop, tuple) else stop
+    found |= {"negative": request.get("negative"), "size": sizes[0]}
+    found["stop_after"] = sizes[-1][0] if isinstance(sizes[-1], list) else sizes[-1]
     found |= {name: folder / f"{name}.png" for name in own}
     if stage_3:
         found["upscale"] = UpscaleRecipe.from_dict(stage_3)

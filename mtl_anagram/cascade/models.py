@@ -30,7 +30,6 @@ from ..sampling.fused import operations
 from ..sampling.loop import no_gradients
 
 N = TypeVar("N")
-KEEP, TEXT_ENCODERS = ("auto", "all", "one"), ("auto", "whole", "streamed")
 MAX_TOKENS = 77
 SHARE = 0.75  # of the free memory that weights may take: activations and the system need some too
 # What works at the same time. With keep="one", loading one of a row releases the networks of the others.
@@ -62,8 +61,8 @@ class Models:
     ) -> None:  # fmt: skip
         self._replaced: set[str] = set()
         self._paths: dict[str, dict[str, Path]] = {}
-        self.keep = choice("keep", keep, KEEP)
-        self.text_mode = choice("text_encoder", text_encoder, TEXT_ENCODERS)
+        self.keep = choice("keep", keep, ("auto", "all", "one"))
+        self.text_mode = choice("text_encoder", text_encoder, ("auto", "whole", "streamed"))
         check_kinds(compile=(compile, bool, str))
         self.compile = compile
         if prompt_cache is not None and not isinstance(prompt_cache, PromptCache):

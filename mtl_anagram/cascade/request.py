@@ -48,7 +48,7 @@ class Request:
     @property
     def averages(self) -> bool:
         """Whether several views' predictions are averaged, not components' added up."""
-        return len(self.views) > 1 and getattr(self.views[0], "reduce", "mean") == "mean"
+        return len(self.views) > 1 and self.views[0].reduce == "mean"
 
     @property
     def balances(self) -> bool:
@@ -129,7 +129,7 @@ def _check_inverse(view: View, size: tuple[int, int]) -> None:
     except (RuntimeError, TypeError, IndexError) as error:  # NotImplementedError is a RuntimeError
         raise InputError(f"{view!r} cannot look at a picture {tuple(picture.shape)}: {error}") from error
     exact = seen.shape == picture.shape and torch.equal(back, picture)
-    if not exact and getattr(view, "reduce", "mean") == "mean":
+    if not exact and view.reduce == "mean":
         raise InputError(f"{view!r}: inverse_view must undo view, to the bit; look at its move and move_back")
 
 

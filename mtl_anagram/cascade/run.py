@@ -120,8 +120,8 @@ class SamplingRun:
     def _shared(self) -> list[Any]:
         asked = self.request
         same = [asked.recipe, asked.noise_level, asked.sizes, asked.upscale, asked.negative]
-        reduce = getattr(asked.views[0], "reduce", "mean")
-        return [self.models, *same, asked.given.about(), len(asked.views), reduce, *self.hooks.values()]
+        same += [len(asked.views), asked.views[0].reduce]
+        return [self.models, *same, asked.given.about(), *self.hooks.values()]
 
     def text(self) -> tuple[Tensor, Tensor]:
         """The prompts' states (V, L, D), and those of what is to be avoided, (1 or V, L, D)."""

@@ -108,8 +108,6 @@ def _request(line: str, cascade: Cascade) -> tuple[str, SamplingRun]:
         recipe = Recipe.from_dict(recipe)
     if "upscale" in given:
         given["upscale"] = UpscaleRecipe.from_dict(given["upscale"])
-    if isinstance(given.get("size"), list):
-        given["size"] = tuple(given["size"])
     seeds = given.pop("seed", 0)
     recipe = dataclasses.replace(recipe or cascade.recipe, **changes)
     return name, cascade.sample(seeds=seeds, recipe=recipe, **given)

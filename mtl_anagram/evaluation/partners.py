@@ -16,7 +16,6 @@ from ..files.outputs import check_folder
 from .protocol import Protocol, choose_pairs, measure
 
 TABLE = "partners.json"
-VIEWS = ("flip", "rotate_180", "rotate_ccw", "rotate_cw")
 
 
 class Partner(NamedTuple):
@@ -35,7 +34,7 @@ def measure_partners(
     folder: str | Path,
     *,
     names: Sequence[str] | None = None,
-    views: Sequence[str] = VIEWS,
+    views: Sequence[str] = ("flip", "rotate_180", "rotate_ccw", "rotate_cw"),
     style: str = "a poster of",
     seeds: Sequence[int] = tuple(range(8)),
     **options: Any,
