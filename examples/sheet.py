@@ -19,7 +19,7 @@ from mtl_anagram import Cascade, Protocol, evaluate, get_views
 from mtl_anagram.cascade import embedded_folder
 from mtl_anagram.evaluation.protocol import choose_pairs
 from mtl_anagram.files.hub import read_json
-from mtl_anagram.files.images import as_image, decode_png
+from mtl_anagram.files.images import as_image, read_picture
 from mtl_anagram.models import load_judge
 
 SIDE, TEXT, GAP = 128, 16, 10  # px: of a picture, of its line of text, between anagrams
@@ -78,7 +78,7 @@ def main() -> None:
     draw = ImageDraw.Draw(sheet)
     for i, (_, path, cell, best) in enumerate(found[: args.count]):
         request, sample = cell["request"], cell["samples"][best]
-        strip = decode_png((path.parent / cell["picture"]).read_bytes())
+        strip = read_picture(path.parent / cell["picture"])
         picture = strip[:, :, best * strip.shape[1] : (best + 1) * strip.shape[1]]
         left, top = GAP + i % args.columns * wide, GAP + i // args.columns * high
         for v, view in enumerate(get_views(["identity", request["view"]])):

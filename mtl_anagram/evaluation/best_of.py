@@ -16,7 +16,7 @@ from ..cascade import Cascade, SamplingRun
 from ..errors import MAX_SEED, InputError, whole_number
 from ..files.atomic import write_atomically
 from ..files.hub import Source
-from ..files.images import decode_png
+from ..files.images import read_picture
 from ..files.outputs import SCORES, Anagram, check_folder
 from ..generate import OnStep, cascade_of, write_run
 from ..models import NoiseCLIP
@@ -71,7 +71,7 @@ def best_of(
     run.begun = {}  # so that stage I of the best is not sampled again
     first, apart = run.only(run.seeds, stages=1), folder / "candidates"
     made = write_run(first, apart, overwrite, progress, on_step)
-    pictures = [decode_png(anagram.pictures[run.sizes[0]].read_bytes()) for anagram in made]
+    pictures = [read_picture(anagram.pictures[run.sizes[0]]) for anagram in made]
     scores, best = by_clip(run, torch.stack(pictures))
     rows = torch.stack([best, alignment(scores), concealment(scores, TEMPERATURE)], dim=1).tolist()
     found = [Candidate(anagram, *row) for anagram, row in zip(made, rows, strict=True)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import InputError, number, whole_number
 from ..files.animation import KINDS, RATE, encode_animation
 from ..files.hub import read_json
-from ..files.images import as_tensor, contact_sheet, decode_png, encode_png, label
+from ..files.images import as_tensor, contact_sheet, encode_png, label, read_picture
 from ..files.outputs import METADATA, SCORES, picture_names, read_metadata, write_new
 from ..views import View, get_views, view_from_metadata
 from ..views.motion import Motion, Moving
@@ -44,7 +44,7 @@ class Made:
     def ways(self) -> tuple[list[Moving], int]:
         """The picture on its way to each of its views, and the room around it, in px."""
         with _shown(self.file):
-            picture = decode_png(self.file.read_bytes())
+            picture = read_picture(self.file)
             ways = [Moving(view_from_metadata(view), picture) for view in self.content["request"]["views"]]
             return ways, round(ROOM * max(picture.shape))
 

@@ -27,7 +27,7 @@ from ..files.atomic import write_atomically
 from ..files.checksums import combined_checksum
 from ..files.claims import Claims
 from ..files.hub import read_json
-from ..files.images import decode_png, save_picture
+from ..files.images import read_picture, save_picture
 from ..files.outputs import check_folder
 from ..files.shards import bytes_of
 from ..generate import request_of
@@ -183,7 +183,7 @@ def measure(
             run, picture, path, content = units[name]
             if not picture.is_file():
                 save_picture(picture, torch.cat(list(run.pictures[protocol.size]), dim=-1))
-            samples = _measured(run, judge, decode_png(picture.read_bytes()), protocol.temperature)
+            samples = _measured(run, judge, read_picture(picture), protocol.temperature)
             content |= {"picture": picture.name, "samples": samples}
             write_atomically(path, (json.dumps(content) + "\n").encode())
         bar.update(len(units) - bar.n)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,22 +62,14 @@ def encode_png(picture: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def decode_png(content: bytes) -> Tensor:
-    """The bytes of a picture file -> (3, H, W) float32 in [-1, 1]. Raises SourceError for anything else."""
+def read_picture(path: str | Path) -> Tensor:
+    """A picture file, turned as its camera says -> (3, H, W) float32 in [-1, 1]. Raises SourceError."""
     from PIL import Image, ImageOps
 
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-    except OSError as error:  # PIL's own kind is one
-        raise SourceError(f"{len(content)} bytes are no whole picture ({error}); make it again") from error
-    return as_tensor(image)
-
-
-def read_picture(path: str | Path) -> Tensor:
-    """A picture file, turned as its camera says -> (3, H, W) float32 in [-1, 1]. Raises SourceError."""
-    try:
-        return decode_png(Path(path).expanduser().read_bytes())
-    except (OSError, TypeError, ValueError) as error:
+        content = io.BytesIO(Path(os.path.expanduser(path)).read_bytes())
+        return as_tensor(ImageOps.exif_transpose(Image.open(content)).convert("RGB"))
+    except (OSError, TypeError, ValueError) as error:  # PIL's own kind is an OSError
         raise SourceError(f"{str(path)!r} is no readable picture ({error}): check its path") from error
 
 

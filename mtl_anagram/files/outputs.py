@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import InputError, SourceError
 from .atomic import remove_leftovers, write_atomically
 from .hub import read_json
-from .images import contact_sheet, decode_png, encode_png, views_strip
+from .images import contact_sheet, encode_png, read_picture, views_strip
 
 METADATA = "metadata.json"
 SCORES = "scores.json"  # best_of's, in the candidates' folder: scores by seed
@@ -103,7 +103,7 @@ def finish(folder: Path, seed: int, asked: Request, sizes: Sizes, about: Request
 def write_sheet(folder: Path, seeds: Sequence[int], size: Size) -> None:
     """seeds.png: the views of all seeds' pictures of this size on one sheet, 400 seeds at most."""
     strips = [folder_of(folder, seed) / picture_names(size)[1] for seed in seeds[:400]]
-    pictures = [decode_png(strip.read_bytes()) for strip in strips]
+    pictures = [read_picture(strip) for strip in strips]
     names = [f"seed {seed}" for seed in seeds[:400]]
     write_atomically(folder / "seeds.png", encode_png(contact_sheet(pictures, names)))
 

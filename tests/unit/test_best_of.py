@@ -13,7 +13,7 @@ from mtl_anagram.errors import InputError, PromptWarning
 from mtl_anagram.evaluation.best_of import best_of, embed_finished
 from mtl_anagram.evaluation.gallery import find_made
 from mtl_anagram.evaluation.metrics import anagram_score
-from mtl_anagram.files.images import decode_png
+from mtl_anagram.files.images import read_picture
 from tests.unit.tiny import write_cascade
 
 PROMPTS, VIEWS = ["a duck", "a [rabbit]"], ["identity", "rotate_180"]
@@ -32,8 +32,8 @@ def test_the_highest_score_goes_through_all_stages(cascade, one_thread, tmp_path
         (c.anagram.seed, c.score) for c in candidates
     ]
     assert sorted(best.pictures) == [64, 256]
-    small = decode_png((tmp_path / f"{best.seed:04d}/sample_64.png").read_bytes())
-    other = decode_png(candidates[0].anagram.pictures[64].read_bytes())
+    small = read_picture(tmp_path / f"{best.seed:04d}/sample_64.png")
+    other = read_picture(candidates[0].anagram.pictures[64])
     assert (small - other).abs().max() < 2.1 * 2 / 255
     clip = cascade.noise_clip
     seen = torch.stack([other, other.rot90(2, (1, 2))])
@@ -103,7 +103,7 @@ def test_what_the_cascade_has_learnt_stands_against_the_readings(one_thread, tmp
     model = Cascade.from_pretrained(folder, device="cpu")
     _, candidates = best_of(1, "a sketch of", PROMPTS, VIEWS, tmp_path / "out", model=model, recipe=QUICK)
     clip = model.noise_clip
-    picture = decode_png(candidates[0].anagram.pictures[64].read_bytes())
+    picture = read_picture(candidates[0].anagram.pictures[64])
     seen = torch.stack([picture, picture.rot90(2, (1, 2))])
     words = ["a duck", "a rabbit", "a cat", "a house"]
     cosines = embed_finished(clip, seen) @ clip.embed_text([f"a sketch of {word}" for word in words]).T

@@ -19,7 +19,7 @@ from mtl_anagram.__main__ import main
 from mtl_anagram.errors import InputError
 from mtl_anagram.evaluation.partners import measure_partners, partners_of
 from mtl_anagram.evaluation.protocol import as_table, choose_pairs, interval, report
-from mtl_anagram.files.images import decode_png
+from mtl_anagram.files.images import read_picture
 from mtl_anagram.models import Judge
 from mtl_anagram.sampling import Combined
 from tests.unit.processes import on_tiny, start, status
@@ -95,7 +95,7 @@ def test_what_changed_is_made_anew_and_nothing_else(judge, one_thread, tmp_path)
     merges.write_bytes(merges.read_bytes() + b"\n")  # another file, the same CLIP
     assert go() == (1, 2, 8)  # balancing alone is steered by the CLIP
     assert go(size=256) == (2, 3, 10)
-    assert {decode_png(path.read_bytes()).shape[-2] for path in cells.glob("*.png")} == {64, 256}
+    assert {read_picture(path).shape[-2] for path in cells.glob("*.png")} == {64, 256}
     config.write_text(config.read_text() + "\n")
     assert (go(), go(size=256)) == ((2, 3, 10), (3, 4, 12))
     for name in first:  # measured from the file, a picture gives the same figures again
@@ -122,7 +122,7 @@ def test_a_rule_of_ones_own_is_measured_beside_the_librarys(cascade, judge, one_
     (plain,), (worst,) = (list(tmp_path.glob(f"cells/{name}-*.png")) for name in recipes)
     assert plain.read_bytes() != worst.read_bytes()
     run = protocol.run(cascade, "worst", "flip", ("duck", "cat"), 1)
-    assert (decode_png(worst.read_bytes()) - run.pictures[64][0]).abs().max() < 1.1 / 127.5
+    assert (read_picture(worst) - run.pictures[64][0]).abs().max() < 1.1 / 127.5
     (cell,) = (json.loads(path.read_text()) for path in tmp_path.glob("cells/worst-*.json"))
     assert cell["request"]["rules"] == {"combine": f"{__name__}.worst_takes_all"}
 
@@ -135,8 +135,8 @@ def test_a_cell_is_what_generate_makes(cascade, judge, one_thread, tmp_path) -> 
         recipe=PROTOCOL.recipes["balancing"], stop_after=64,
     )  # fmt: skip
     (strip,) = (tmp_path / "evaluation/cells").glob("balancing-flip-duck-rabbit-*.png")
-    picture = decode_png(made[0].pictures[64].read_bytes())
-    other = decode_png(strip.read_bytes())[:, :, 64:]  # the second seed
+    picture = read_picture(made[0].pictures[64])
+    other = read_picture(strip)[:, :, 64:]  # the second seed
     assert (picture - other).abs().max() < 2.1 * 2 / 255
     (file,) = (tmp_path / "evaluation/cells").glob("balancing-flip-duck-rabbit-*.json")
     cell = json.loads(file.read_text())

@@ -19,7 +19,7 @@ from mtl_anagram.__main__ import main
 from mtl_anagram.evaluation.gallery import animate, find_made, write_page
 from mtl_anagram.files import outputs
 from mtl_anagram.files.animation import RATE, encode_animation
-from mtl_anagram.files.images import decode_png, encode_png, to_uint8
+from mtl_anagram.files.images import encode_png, read_picture, to_uint8
 from mtl_anagram.views import VIEW_NAMES, get_views
 from tests.unit.test_motion import picture
 
@@ -187,11 +187,12 @@ def test_the_page_in_a_browser(tmp_path, flags):
         ways, room = made.ways()
 
         def decoded(url):
-            return decode_png(base64.b64decode(url.partition(",")[2]))
+            (tmp_path / "canvas.png").write_bytes(base64.b64decode(url.partition(",")[2]))
+            return read_picture(tmp_path / "canvas.png")
 
         shown = [decoded(url) for url in card["images"]]
         for canvas, i in zip(shown, [*range(len(ways)), 0, 1, 0], strict=True):
-            expected = decode_png(encode_png(ways[i].at(1)))
+            expected = to_uint8(ways[i].at(1)) / 127.5 - 1
             assert torch.equal(canvas[:, room:-room, room:-room], expected)
         half = next((way for way in ways[:2] if way.motions), None)
         if sum(bool(way.motions) for way in ways[:2]) == 1:
@@ -225,9 +226,9 @@ def test_a_preview_in_a_file_and_in_a_notebook(cascade, tmp_path, monkeypatch):
     made = generate_anagram("a sketch of", *readings, tmp_path / "out", on_step=on_step, **request)
     assert steps == [(3, 8, 16)] * 2 + [(3, 32, 64)] * 2
     assert [kind for kind, _ in calls] == ["new", "update", "update", "update"]
-    sheet = decode_png((tmp_path / "out/seeds.png").read_bytes())
+    sheet = read_picture(tmp_path / "out/seeds.png")
     for one in made:  # each seed's strip lies on the sheet
-        strip = decode_png((one.folder / "sample_8.views.png").read_bytes())
+        strip = read_picture(one.folder / "sample_8.views.png")
         windows = sheet.unfold(1, strip.shape[1], 1).unfold(2, strip.shape[2], 1)
         assert (windows == strip[:, None, None]).all(0).flatten(2).all(-1).any()
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mtl_anagram import InputError, Recipe, SourceError, repeat_anagram
 from mtl_anagram.__main__ import main
-from mtl_anagram.files.images import decode_png, save_picture
+from mtl_anagram.files.images import read_picture, save_picture
 from mtl_anagram.sampling import DDIM, Schedule, sample_stage2
 from mtl_anagram.views import get_views
 from tests.unit.test_sampling_stages import Network, generators, stage1, texts
@@ -164,9 +164,7 @@ def test_files_metadata_and_the_same_picture_again(cascade, tmp_path, changes):
     assert set(metadata(made)["request"]) & {"start_from", "reference"} == own
     assert make(**named, on_step=never)[0].skipped
     for name in own:  # a tensor of the same pixels is the same picture; another one is not
-        assert make(**named | {name: decode_png((made.folder / f"{name}.png").read_bytes())}, on_step=never)[
-            0
-        ].skipped
+        assert make(**named | {name: read_picture(made.folder / f"{name}.png")}, on_step=never)[0].skipped
         with pytest.raises(InputError, match=f"different: {name}"):
             make(**named | {name: picture(32, seed=9)}, on_step=never)
     again = repeat_anagram(made.folder / "metadata.json", tmp_path / "again", model=cascade)
@@ -233,8 +231,8 @@ def test_the_table_through_all_stages_by_the_command(cascade_folder, tmp_path, m
     )
     for times in (1, 4, 16):
         sides = [times * int(side) for side in size.split("x")]
-        content = (tmp_path / f"out/0000/sample_{'x'.join(map(str, sides))}.png").read_bytes()
-        assert decode_png(content).shape == (3, sides[0], sides[-1])
+        made = read_picture(tmp_path / f"out/0000/sample_{'x'.join(map(str, sides))}.png")
+        assert made.shape == (3, sides[0], sides[-1])
 
 
 @pytest.mark.parametrize("name", ["rotate_cw", "rotate:30", "reflect", "transpose", "jigsaw", "inner_circle"])
