@@ -206,9 +206,8 @@ def _generate(options: argparse.Namespace) -> None:
     request["upscale"] = UpscaleRecipe(**upscale) if upscale else None
     words = [word for word in (*options.prompts, *options.views) if word != "identity"]
     request["save_dir"] = options.out or _folder("output", words, request, cascade)
-    request |= _given(options, "stop_after", "batch_size", "overwrite")
-    request |= {"model": cascade, "progress": not options.quiet}
-    request["on_step"] = Preview(options.preview) if options.preview else None
+    request |= _given(options, "stop_after", "batch_size", "overwrite", "progress")
+    request |= {"model": cascade, "on_step": Preview(options.preview) if options.preview else None}
     if options.best_of is None:
         made = generate_anagram(**request, seed=seeds)
     else:
@@ -230,8 +229,8 @@ def _repeat(options: argparse.Namespace) -> None:
     out = options.out or _folder("repeated", [path.parent.parent.name], {"request": content.get("request")})
     if options.dtype is None and isinstance(made_with := content.get("made_with"), dict):
         options.dtype = made_with.get("dtype")
-    given = {"model": _cascade(options), "progress": not options.quiet, "overwrite": options.overwrite}
-    _report([repeat_anagram(path, out, **given)])
+    given = _given(options, "progress", "overwrite")
+    _report([repeat_anagram(path, out, model=_cascade(options), **given)])
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -243,7 +242,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     pairs = ["-".join(pair) for pair in protocol.pairs]
     words = [*(pairs if len(pairs) < 3 else [f"{len(pairs)} pairs"]), *protocol.views]
     out = options.out or _folder("evaluation", words, vars(protocol), cascade)
-    work = {"batch_size": options.batch_size, "progress": not options.quiet}
+    work = _given(options, "batch_size", "progress")
     log.info(as_table(evaluate(cascade, protocol, out, judge=judge, **work)))
 
 
@@ -251,8 +250,7 @@ def _batch(options: argparse.Namespace) -> None:
     from .evaluation.batch import batch
 
     out = options.out or os.path.join("batch", options.requests.stem)
-    work = {"batch_size": options.batch_size, "progress": not options.quiet}
-    lines = batch(options.requests, out, model=_cascade(options), **work)
+    lines = batch(options.requests, out, model=_cascade(options), **_given(options, "batch_size", "progress"))
     for line in lines:
         if "error" in line:
             log.warning("%s, seed %s, failed: %s", line["name"], line["seed"], line["error"])
@@ -269,8 +267,8 @@ def _partners(options: argparse.Namespace) -> None:
     if options.measure:
         cascade = _cascade(options)
         out = options.out or os.path.join("partners", cascade.name)
-        given = _given(options, "views", "style", "batch_size") | {"seeds": parse_seeds(options.seed)}
-        given |= {"names": options.concepts, "progress": not options.quiet}
+        given = _given(options, "views", "style", "batch_size", "progress")
+        given |= {"names": options.concepts, "seeds": parse_seeds(options.seed)}
         measure_partners(cascade, out, judge=judge_of(options, model), **given)
     table = os.path.join(out, TABLE) if options.measure else options.table or model / TABLE
     for row in partners_of(table, options.name)[: options.top]:

@@ -172,13 +172,12 @@ def _arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def cascade_of(model: Cascade | Source | None, device: Any, dtype: str | None = None) -> Cascade:
-    resolved = resolve_device(device) if device is not None else None
     if not isinstance(model, Cascade):
-        return Cascade.from_pretrained(model, device=resolved, dtype=dtype)
-    places = [(place.type, place.index or 0) for place in (resolved or model.device, model.device)]
-    if places[0] != places[1]:
+        return Cascade.from_pretrained(model, device=device, dtype=dtype)
+    asked, own = model.device if device is None else resolve_device(device), model.device
+    if (asked.type, asked.index or 0) != (own.type, own.index or 0):
         remedy = "leave device out, or make the Cascade there"
-        raise InputError(f"device={str(resolved)!r}, but the cascade is on {str(model.device)!r}: {remedy}")
+        raise InputError(f"device={str(asked)!r}, but the cascade is on {str(own)!r}: {remedy}")
     return model
 
 

@@ -124,7 +124,7 @@ def add_sources(add: Any) -> None:
 def add_work(add: Any) -> None:
     bases = "output, repeated, evaluation, batch or partners"
     add("--out", metavar="FOLDER", help=f"default: in {bases}, by a name of the request's own")
-    add("--quiet", action="store_true", help="no progress bars, only results")
+    add("--quiet", dest="progress", action="store_false", help="no progress bars, only results")
     add("--threads", type=int, metavar="N", help="threads on a CPU (default: one for each core)")
 
 
