@@ -63,11 +63,11 @@ def best_of(
     """
     whole_number("count", count, 1)
     whole_number("seed", seed, 0, MAX_SEED + 1 - count)
-    if len(views) < 2:
-        raise InputError(f"views={list(views)!r}: the best of {count} is a question of two readings or more")
     folder, cascade = check_folder(save_dir), cascade_of(model, device)
     cascade.source("noise_clip")  # InputError where there is none
     run = cascade.sample(prompts, views, range(seed, seed + count), style=style, **options)
+    if len(run.views) < 2:
+        raise InputError(f"views={list(views)!r}: the best of {count} is a question of two readings or more")
     run.begun = {}  # so that stage I of the best is not sampled again
     first, apart = run.only(run.seeds, stages=1), folder / "candidates"
     made = write_run(first, apart, overwrite, progress, on_step)

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cascade import Cascade, SamplingRun
-from ..errors import InputError, whole_number
+from ..errors import InputError, number, whole_number
 from ..files.atomic import write_atomically
 from ..files.checksums import combined_checksum
 from ..files.claims import Claims
@@ -84,6 +84,7 @@ class Protocol:
             if not isinstance(recipe, Recipe) or not {*rules} <= {*RULES}:
                 raise InputError(f"recipes[{name!r}]={given!r} is no Recipe, nor one with {RULES}")
         get_views(list(self.views))
+        number("temperature", self.temperature, above=True)
         object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
 
     def recipe(self, name: str) -> tuple[Recipe, Rules]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import CapacityError, InputError
 from ..files.atomic import write_atomically
 from ..files.hub import Folder, Repository, Source, hub_errors, open_source
+from ..files.outputs import check_folder
 from . import glide
 from .loading import weight_names
 from .planning import TOO_LARGE, Plan, human_bytes
@@ -31,7 +32,7 @@ def download(
     """
     from huggingface_hub import constants, snapshot_download
 
-    folder, clip = None if to is None else Path(to).expanduser(), glide.is_glide(sources.get("noise_clip"))
+    folder, clip = None if to is None else check_folder(to, "to"), glide.is_glide(sources.get("noise_clip"))
     given = {part: s for part, s in sources.items() if s is not None and not glide.is_glide(s)}
     opened = {part: open_source(source, None, "config.json") for part, source in given.items()}
     remote = {part: files.repo_id for part, files in opened.items() if isinstance(files, Repository)}
@@ -39,9 +40,9 @@ def download(
         return {}
     if folder is not None:
         own = [f"{part} is the folder {given[part]}" for part in given if part not in remote]
-        if own or folder.is_file():
+        if own:
             remedy = "name another, or hub ids for all parts, or leave it out"
-            said = f"is to gather what comes from the hub, but {[*own, 'it is a file'][0]}"
+            said = f"is to gather what comes from the hub, but {own[0]}"
             raise InputError(f"to={to!r} {said}: {remedy}")
         glide.refuse_offline(f"{folder} is filled from the hub")
         sources = {part: folder / part for part, source in sources.items() if source is not None}

@@ -94,10 +94,13 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _download(path: Path) -> None:
     """One tower, whole and of the right size, or not at all."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+
     url, part = URL.format(path.stem), path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
+        shown = sys.stderr.isatty() and not are_progress_bars_disabled()
+        torch.hub.download_url_to_file(url, str(part), progress=shown)
         if sum(tensor.numel() for tensor in read_pickle(part).values()) != PARAMETERS[path.stem]:
             raise SourceError("it is cut off or damaged")
         os.replace(part, path)

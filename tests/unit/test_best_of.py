@@ -78,6 +78,8 @@ def test_bad_requests_are_refused(cascade, cascade_folder, tmp_path) -> None:
         best_of(0, "", PROMPTS, VIEWS, tmp_path, model=cascade)
     with pytest.raises(InputError, match="two readings"):
         best_of(2, "", PROMPTS[:1], VIEWS[:1], tmp_path, model=cascade)
+    with pytest.raises(InputError, match="views=None"):
+        best_of(2, "", PROMPTS, None, tmp_path, model=cascade)
     with pytest.raises(InputError, match="seed="):
         best_of(2, "", PROMPTS, VIEWS, tmp_path, seed=2**63 - 1, model=cascade)
     with pytest.raises(InputError, match="noise_clip="):

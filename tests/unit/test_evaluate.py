@@ -233,6 +233,7 @@ def test_pairs_are_drawn_evenly() -> None:
         ({"pairs": ()}, "pairs=()"),
         ({"recipes": {"x": (QUICK, {"mix": worst_takes_all})}}, "mix"),
         ({"size": 100}, "100"),
+        ({"temperature": 0.0}, "temperature=0.0"),
         ({"pairs": (("duck", "walrus"),)}, "walrus"),  # the judge does not know it
     ],
 )
