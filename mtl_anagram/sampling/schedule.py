@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
 
@@ -15,11 +15,8 @@ from torch import Tensor
 from ..errors import ConfigError, InputError, at_least_float32, number, read_fields, whole_number
 from .checks import check_limits
 
-VARIANCE_TYPES = ("learned_range", "fixed_small")
 TIMESTEPS = range(1, 100_001)  # how many there may be
 L = TypeVar("L", bound="Levels")
-
-
 # What all schedulers' files must mean; fields of no effect without clipping; what a file without them means.
 _FIXED = {"timestep_spacing": "leading", "trained_betas": None, "rescale_betas_zero_snr": False}
 _UNUSED = ("skip_prk_steps", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio")
@@ -125,13 +122,10 @@ class Schedule(Levels):
     clip_sample: bool = True
     clip_sample_range: float = 1.0
     variance_type: str = "learned_range"
-    betas: Tensor = field(init=False, repr=False, compare=False)
-    alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)
-    timesteps: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_limits(self, {"num_train_timesteps": TIMESTEPS, "thresholding": bool, "clip_sample": bool})
-        check_limits(self, {"thresholding_ratio": 1.0, "variance_type": VARIANCE_TYPES})
+        check_limits(self, {"thresholding_ratio": 1.0, "variance_type": ("learned_range", "fixed_small")})
         number("sample_max_value", self.sample_max_value, low=1.0)
         number("clip_sample_range", self.clip_sample_range, above=True)
         total = self.num_train_timesteps
@@ -188,7 +182,6 @@ class NoiseLevels(Levels):
     beta_start: float = 1e-4
     beta_end: float = 0.02
     num_train_timesteps: int = 1000
-    alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_limits(self, {"num_train_timesteps": TIMESTEPS})
@@ -211,11 +204,10 @@ class LatentSchedule(NoiseLevels):
         "owner": "the x4 upscaler", "class_name": "DDIMScheduler", "required": (*_LATENT,),
         "fixed": {**_LATENT, "thresholding": False, **_FIXED}, "unused": _UNUSED,
     }  # fmt: skip
-    num_inference_steps: int = field(default=75, kw_only=False)
+    num_inference_steps: int = 75
     _: KW_ONLY
     steps_offset: int = 1
     set_alpha_to_one: bool = False
-    timesteps: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
