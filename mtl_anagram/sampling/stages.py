@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -257,61 +257,53 @@ class _Run(Run):
                 low_res = low_res.to(self.text.device, torch.float32)
                 large = F.interpolate(low_res, self.sides, mode="bilinear", align_corners=True)
                 condition = self.schedule.add_noise(large, self.draw_picture(), noise_level)
-                step = self.fitted(step) if self.recipe.stage_2_noise_fit else step
+                step = partial(self.fitted, step) if self.recipe.stage_2_noise_fit else step
             rows = [self.null, self.text] if self.guided else [self.text]
             self.context = self.prepared(torch.cat([row.flatten(0, 1) for row in rows]))
             self.prompts = self.context[-self.count * len(self.views) :]
-            predict = self.predict(condition, noise_level)
-        after = after if self.reference is None else self.held(*self.reference, after)
+            labels = {} if condition is None else {"class_labels": self.number(noise_level)}
+            predict = partial(self.predict, condition, labels)
+        after = after if self.reference is None else partial(self.held, *self.reference, after)
         combine, times = combine or self.combine, self.schedule.timesteps
         yield from self.looked(sample(x, times, predict, combine, step, after=after, first=self.first))
 
-    def fitted(self, step: Step) -> Step:
-        """The step, with noise of the strength that x_t has."""
+    def fitted(
+        self, step: Step, combined: Combined, x: Tensor, t: int, t_next: int
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """A step, with noise of the strength that x_t has."""
+        fit = noise_fit(combined.noise, x, self.schedule.roots(t)[1])[:, None, None, None]
+        return step(replace(combined, noise=combined.noise * fit), x, t, t_next)
 
-        def fitted(combined: Combined, x: Tensor, t: int, t_next: int) -> Tensor | tuple[Tensor, Tensor]:
-            fit = noise_fit(combined.noise, x, self.schedule.roots(t)[1])[:, None, None, None]
-            return step(replace(combined, noise=combined.noise * fit), x, t, t_next)
+    def held(
+        self, picture: Tensor, view: ViewLike, after: After | None, x: Tensor, index: int, t_next: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """An after that makes a component the reference's, once another has done its work."""
+        x, loss = (x, None) if after is None else pair("after", after(x, index, t_next), x)
+        known, last = picture.to(x), t_next < 0
+        if not last:
+            known = self.schedule.add_noise(known, self.draw_picture(), t_next)
+        x = x + view.inverse_view(view.view(known - x))
+        return x.clamp(-1, 1) if last else x, loss
 
-        return fitted
-
-    def held(self, picture: Tensor, view: ViewLike, after: After | None) -> After:
-        """The after that makes a component the reference's, once another has done its work."""
-
-        def held(x: Tensor, index: int, t_next: int) -> tuple[Tensor, Tensor | None]:
-            x, loss = (x, None) if after is None else pair("after", after(x, index, t_next), x)
-            known, last = picture.to(x), t_next < 0
-            if not last:
-                known = self.schedule.add_noise(known, self.draw_picture(), t_next)
-            x = x + view.inverse_view(view.view(known - x))
-            return x.clamp(-1, 1) if last else x, loss
-
-        return held
-
-    def predict(self, condition: Tensor | None, noise_level: int) -> Callable[[Tensor, int], Prediction]:
+    def predict(self, condition: Tensor | None, labels: dict[str, Tensor], x: Tensor, t: int) -> Prediction:
         """The default predict: all views in one call, guided in the readers' frames, then brought back once."""
-        labels = {} if condition is None else {"class_labels": self.number(noise_level)}
-
-        def predict(x: Tensor, t: int) -> Prediction:
-            seen = to_views(x if condition is None else torch.cat([x, condition], dim=1), self.views)
-            row, context = seen.flatten(0, 1).to(self.text.dtype), self.prompts  # (B V, C, H, W)
-            if t in self.guided:
-                row, context = torch.cat([row, row]), self.context
-            output = self.unet(row, self.number(t), context, **labels)
-            wanted = (len(row), 2 * CHANNELS, *self.sides)
-            output = check_result(output, wanted, "the network", "noise and variance per row")
-            output = self.finite(output, "the network's prediction", t)
-            output = output.unflatten(0, (-1, self.count, len(self.views)))
-            if self.passes is not None:
-                return Prediction(seen, *self.passes.back(output, self.recipe.guidance_scale))
-            output = output.float()
-            noise, variance = output[-1, :, :, :CHANNELS], output[-1, :, :, CHANNELS:]
-            if t in self.guided:
-                noise = guide(output[0, :, :, :CHANNELS], noise, self.recipe.guidance_scale)
-            noise, variance = from_views(torch.cat([noise, variance], dim=2), self.views).chunk(2, dim=2)
-            return Prediction(seen, noise, variance)
-
-        return predict
+        seen = to_views(x if condition is None else torch.cat([x, condition], dim=1), self.views)
+        row, context = seen.flatten(0, 1).to(self.text.dtype), self.prompts  # (B V, C, H, W)
+        if t in self.guided:
+            row, context = torch.cat([row, row]), self.context
+        output = self.unet(row, self.number(t), context, **labels)
+        wanted = (len(row), 2 * CHANNELS, *self.sides)
+        output = check_result(output, wanted, "the network", "noise and variance per row")
+        output = self.finite(output, "the network's prediction", t)
+        output = output.unflatten(0, (-1, self.count, len(self.views)))
+        if self.passes is not None:
+            return Prediction(seen, *self.passes.back(output, self.recipe.guidance_scale))
+        output = output.float()
+        noise, variance = output[-1, :, :, :CHANNELS], output[-1, :, :, CHANNELS:]
+        if t in self.guided:
+            noise = guide(output[0, :, :, :CHANNELS], noise, self.recipe.guidance_scale)
+        noise, variance = from_views(torch.cat([noise, variance], dim=2), self.views).chunk(2, dim=2)
+        return Prediction(seen, noise, variance)
 
     @cached_property
     def left(self) -> Tensor:

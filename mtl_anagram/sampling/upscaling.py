@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +119,9 @@ class _Run(Run):
             z = self.draw(self.channels, *low_res.shape[-2:])  # (B, C, h, w)
             viewed = to_views(image, self.views) if self.mode != "first" else image[:, None]
             latents = to_views(z, self.views) if self.mode == "all" else z[:, None]
-            predict = self.predict(viewed)
+            texts = self.text[:1] if self.mode == "first" else self.text
+            contexts = [self.prepared(torch.cat([self.null.to(states), states[None]])) for states in texts]
+            predict = partial(self.predict, viewed, contexts, self.number(self.upscale.noise_level))
             self.cosines = self.scores(to_views(low_res, self.views), 0) if self.mode != "first" else None
 
         def step(combined: Combined, x: Tensor, t: int, t_next: int) -> Tensor:
@@ -126,37 +130,29 @@ class _Run(Run):
 
         combine = self.common if self.mode == "all_latents" else self.exchanged
         for state in self.looked(sample(latents, self.schedule.timesteps, predict, combine, step)):
-            values = {f.name: getattr(state, f.name) for f in fields(StepState)}
             with no_gradients():
                 last = state.index + 1 == state.num_steps
                 picture = self.picture(state.x, state.weights) if last else None
-            yield LatentState(**values, picture=picture)
+            yield LatentState(**vars(state), picture=picture)
 
-    def predict(self, images: Tensor) -> Callable[[Tensor, int], Prediction]:
+    def predict(self, images: Tensor, contexts: list[Any], level: Tensor, x: Tensor, t: int) -> Prediction:
         """The guided prediction of pictures (B, F, 3, h, w) and latents; one by one, so that memory does not grow."""
-        texts = self.text[:1] if self.mode == "first" else self.text
-        contexts = [self.prepared(torch.cat([self.null.to(states), states[None]])) for states in texts]
-        level = self.number(self.upscale.noise_level)
-
-        def predict(x: Tensor, t: int) -> Prediction:
-            latents = to_views(x[:, 0], self.views) if self.mode == "all_latents" else x
-            seen = torch.cat([latents, images], dim=2)  # (B, F, C + 3, h, w)
-            guided = []
-            for image in seen:
-                for one, context in zip(image, contexts, strict=True):
-                    row = one.expand(2, *one.shape).to(self.text.dtype)
-                    v = self.unet(row, self.number(t), context, class_labels=level)
-                    wanted = (2, self.channels, *one.shape[-2:])
-                    null, prompt = check_result(v, wanted, "the network", "one v per row").float()
-                    guided.append(guide(null, prompt, self.upscale.guidance_scale))
-            v = torch.stack(guided).unflatten(0, (self.count, len(contexts)))
-            v = self.finite(v, "the network's prediction", t)
-            if self.mode == "all_latents":
-                v = from_views(v, self.views)  # (B, V, C, h, w), canonical
-            x0, noise = split_v(v, x.expand_as(v), t, self.schedule)
-            return Prediction(seen, noise, None, x0)
-
-        return predict
+        latents = to_views(x[:, 0], self.views) if self.mode == "all_latents" else x
+        seen = torch.cat([latents, images], dim=2)  # (B, F, C + 3, h, w)
+        guided = []
+        for image in seen:
+            for one, context in zip(image, contexts, strict=True):
+                row = one.expand(2, *one.shape).to(self.text.dtype)
+                v = self.unet(row, self.number(t), context, class_labels=level)
+                wanted = (2, self.channels, *one.shape[-2:])
+                null, prompt = check_result(v, wanted, "the network", "one v per row").float()
+                guided.append(guide(null, prompt, self.upscale.guidance_scale))
+        v = torch.stack(guided).unflatten(0, (self.count, len(contexts)))
+        v = self.finite(v, "the network's prediction", t)
+        if self.mode == "all_latents":
+            v = from_views(v, self.views)  # (B, V, C, h, w), canonical
+        x0, noise = split_v(v, x.expand_as(v), t, self.schedule)
+        return Prediction(seen, noise, None, x0)
 
     def common(self, prediction: Prediction, index: int, t: int) -> Combined:
         """The combine of "all_latents": the weighted means of clean latents and of noise, (B, 1, C, h, w)."""
