@@ -196,12 +196,6 @@ class Run:
             pictures = small.unflatten(0, pictures.shape[:2])
         return check_result(self.score(pictures, t), (self.count, len(self.views)), "score", "(B, V) cosines")
 
-    def scale(self, noise: Tensor, weights: Tensor) -> Tensor:
-        """Rectification's scale (B,) of noise (B, V, C, H, W) in one frame, or ones."""
-        if self.sums or not self.recipe.rectification:
-            return torch.ones_like(weights[:, 0])
-        return rectify(noise, weights, diagonal=self.recipe.rectify_diagonal)
-
 
 @dataclass
 class _Run(Run):
@@ -311,9 +305,12 @@ class _Run(Run):
         z = unit_noise(*self.sides)
         return from_views(to_views(z, self.views), self.views).square().mean() / z.square().mean()
 
-    def scale(self, noise: Tensor, weights: Tensor) -> Tensor:
-        if not self.sums or not self.recipe.rectification:
-            return super().scale(noise, weights)
+    def scale(self, noise: Tensor, weights: Tensor) -> Tensor | None:
+        """Rectification's scale (B,) of noise (B, V, C, H, W); None = 1."""
+        if not self.recipe.rectification:
+            return None
+        if not self.sums:
+            return rectify(noise, weights, diagonal=self.recipe.rectify_diagonal)
         # A sum loses power where filters overlap and predictions differ. It gets the predictions' own, which is the
         # parts' over what the filters leave of white noise: about what it has where predictions agree.
         target = noise.square().mean(dim=(1, 2, 3, 4)) / self.left

@@ -17,7 +17,7 @@ from .guidance import ViewLike, from_views, guide, to_views
 from .guidance import combine as weighted_sum
 from .loop import Combined, Prediction, StepState, no_gradients, sample
 from .recipe import Recipe, UpscaleRecipe
-from .rectification import scale_of
+from .rectification import rectify, scale_of
 from .schedule import LatentSchedule, NoiseLevels
 from .solvers import ddim_step, split_v
 from .stages import Run, Score
@@ -156,9 +156,9 @@ class _Run(Run):
 
     def common(self, prediction: Prediction, index: int, t: int) -> Combined:
         """The combine of "all_latents": the weighted means of clean latents and of noise, (B, 1, C, h, w)."""
-        x0, noise, weights = prediction.x0, prediction.noise, self.weights(index)
+        x0, noise, weights, recipe = prediction.x0, prediction.noise, self.weights(index), self.recipe
         assert x0 is not None
-        scale = self.scale(noise, weights)
+        scale = rectify(noise, weights, diagonal=recipe.rectify_diagonal) if recipe.rectification else None
         mean, noise = weighted_sum(x0, weights)[:, None], weighted_sum(noise, weights, scale)[:, None]
         return Combined(noise, None, weights, scale, mean)
 
