@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from .checks import check_result
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def sample(
             prediction = predict(x, t)
             combined = combine(prediction, index, t)
             noise = combined.noise if isinstance(combined, Combined) else None
-            _same("combine", noise, x, f"Combined(noise {tuple(x.shape)}, ...)")
+            check_result(noise, tuple(x.shape), "combine", "it must be Combined(noise, ...) of x's shape")
             x, x0 = pair("step", step(combined, x, t, t_next), x)
             x, loss = (x, None) if after is None else pair("after", after(x, index, t_next), x)
             images, views = prediction.noise.shape[:2]
@@ -98,14 +98,7 @@ def sample(
 def pair(seam: str, result: Tensor | tuple[Tensor, Tensor | None], x: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a step or an after returned, with None where it gave x alone."""
     made, more = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-    return _same(seam, made, x, f"x {tuple(x.shape)}, or x and one tensor more"), more
-
-
-def _same(seam: str, made: object, x: Tensor, wanted: str) -> Tensor:
-    if not isinstance(made, Tensor) or made.shape != x.shape:
-        got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
-        raise InputError(f"{seam} gave {got}: it must return {wanted}")
-    return made
+    return check_result(made, tuple(x.shape), seam, "it must be x, or x and one tensor more"), more
 
 
 @contextmanager

@@ -172,7 +172,7 @@ def test_components_add_up():
     ],
 )
 def test_a_rule_that_returns_something_else_is_named(seam, rule):
-    with pytest.raises(InputError, match=rf"^{seam} gave .*\(2, 3, 64, 64\)"):
+    with pytest.raises(InputError, match=rf"^{seam} returned .*\(2, 3, 64, 64\)"):
         plain(**{seam: rule})
 
 
