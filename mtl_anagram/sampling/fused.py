@@ -8,7 +8,6 @@ Nothing here asks the device anything, shapes are those of the step before, and 
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -24,8 +23,6 @@ from .schedule import Schedule
 from .solvers import ancestral, in_range
 
 BACKENDS = ("torch", "triton")
-Back = Callable[[Tensor, Tensor, Tensor, float], "tuple[Tensor, Tensor]"]
-Move = Callable[..., "tuple[Tensor, Tensor]"]
 
 
 def fused_step(
@@ -90,19 +87,18 @@ class Fused:
         return self._move(noise, combined.variance, x, z, self.rows[t], self.schedule)
 
 
-def operations(backend: str, device: torch.device) -> tuple[Back, Move]:
+def operations(backend: str, device: torch.device) -> tuple[Callable[..., tuple[Tensor, Tensor]], ...]:
     """The two passes, `back` and `move`, of a backend; InputError where they cannot run."""
     if choice("fused", backend, BACKENDS) == "torch":
         return back, move
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError(f'fused="triton" runs on CUDA, not on {str(device)!r}: take "torch"')
     try:
-        kernels = importlib.import_module(f"{__package__}.fused_triton")
+        from . import fused_triton
     except ImportError as error:
-        raise InputError(
-            f'fused="triton" needs Triton ({error}): pip install triton, or take "torch"'
-        ) from None
-    return kernels.back, kernels.move
+        remedy = 'pip install triton, or take "torch"'
+        raise InputError(f'fused="triton" needs Triton ({error}): {remedy}') from None
+    return fused_triton.back, fused_triton.move
 
 
 def permutations(

@@ -19,9 +19,7 @@ def back(output: Tensor, places: Tensor, signs: Tensor, scale: float) -> tuple[T
     output = output.contiguous()
     groups, images, views, _, height, width = output.shape
     pixels = height * width
-    noise, variance = (
-        output.new_empty(images, views, 3, height, width, dtype=torch.float32) for _ in range(2)
-    )
+    noise, variance = output.new_empty(2, images, views, 3, height, width, dtype=torch.float32)
     grid = (images * views, 3, triton.cdiv(pixels, BLOCK))
     _back[grid](
         output[0], output[-1], places, signs, noise, variance, scale, views, pixels,
