@@ -51,18 +51,14 @@ def checked_views(views: Any, *sizes: tuple[int, int]) -> list[ViewLike]:
         for height, width in sizes if hasattr(view, "check_size") else ():
             view.check_size(height if height == width else (height, width))
     if len({getattr(view, "reduce", "mean") for view in views}) > 1:
-        said = (
-            "mixes views of the whole picture, whose predictions are averaged, with components, which add up"
-        )
+        said = "mixes views, whose predictions are averaged, with components, whose predictions add up"
         raise InputError(f"views={list(views)!r} {said}: give one kind")
     for height, width in sizes[:2] if getattr(views[0], "reduce", "mean") == "sum" else ():
         noise = unit_noise(height, width)
         total = sum(view.inverse_view(view.view(noise)) for view in views)
         if not (total - noise).abs().max() < TOLERANCE:
-            said = "are components that do not add up to the picture"
-            raise InputError(
-                f"views={list(views)!r} {said}: give a whole family, such as low_pass, high_pass"
-            )
+            said = "do not add up to the picture: give a whole family, such as low_pass, high_pass"
+            raise InputError(f"views={list(views)!r} are components that {said}")
     return list(views)
 
 

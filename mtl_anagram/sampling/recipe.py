@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
-from ..errors import InputError, choice, number, read_fields, whole_number
+from ..errors import InputError, choice, number, read_fields
 from .attention_iou import MEASURES
 from .balancing import FLOOR
 from .checks import Limit, check_limits
@@ -90,10 +90,9 @@ class Recipe(Fields):
         super().__post_init__()
         number("floor", self.floor, above=True)
         if self.horizon is not None:
-            whole_number("horizon", self.horizon, 1, 10**9)
-        if (scale := self.stage_2_guidance_scale) is not None:
-            scale = number("stage_2_guidance_scale", scale, high=MAX_SCALE)
-            object.__setattr__(self, "stage_2_guidance_scale", scale)
+            check_limits(self, {"horizon": range(1, 10**9 + 1)})
+        if self.stage_2_guidance_scale is not None:
+            check_limits(self, {"stage_2_guidance_scale": MAX_SCALE})
         object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
         for place in self.map_places:
             choice("map_places", place, PLACES)
@@ -148,8 +147,7 @@ class UpscaleRecipe(Fields):
 
 def _interval(value: Any) -> tuple[float, float]:
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise InputError(
-            f"guidance_interval={value!r} must be two fractions of the steps, such as (0.1, 0.8)"
-        )
+        wanted = "two fractions of the steps, such as (0.1, 0.8)"
+        raise InputError(f"guidance_interval={value!r} must be {wanted}")
     first = number("guidance_interval's first", value[0], high=1.0)
     return first, number("guidance_interval's last", value[1], low=first, high=1.0)
