@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -73,18 +74,16 @@ class Fused:
         self, views: Sequence[ViewLike], sides: tuple[int, int], schedule: Schedule, device: torch.device,
         backend: str, draw: Callable[[], Tensor],
     ) -> None:  # fmt: skip
-        self._back, self._move = operations(backend, device)
+        back, self.move = operations(backend, device)
+        places, signs = permutations(views, sides, device)
+        self.back = partial(back, places=places, signs=signs)
         self.schedule, self.draw = schedule, draw
-        self.places, self.signs = permutations(views, sides, device)
         self.rows = dict(zip(schedule.timesteps, table(schedule, device), strict=True))
-
-    def back(self, output: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return self._back(output, self.places, self.signs, scale)
 
     def ddpm(self, combined: Combined, x: Tensor, t: int, t_next: int) -> tuple[Tensor, Tensor]:
         """`solvers.DDPM`, fused: a step for the loop."""
         noise, z = at_least_float32(combined.noise), self.draw() if t_next >= 0 else None
-        return self._move(noise, combined.variance, x, z, self.rows[t], self.schedule)
+        return self.move(noise, combined.variance, x, z, self.rows[t], self.schedule)
 
 
 def operations(backend: str, device: torch.device) -> tuple[Callable[..., tuple[Tensor, Tensor]], ...]:

@@ -291,7 +291,7 @@ class _Run(Run):
         output = self.finite(output, "the network's prediction", t)
         output = output.unflatten(0, (-1, self.count, len(self.views)))
         if self.passes is not None:
-            return Prediction(seen, *self.passes.back(output, self.recipe.guidance_scale))
+            return Prediction(seen, *self.passes.back(output, scale=self.recipe.guidance_scale))
         output = output.float()
         noise, variance = output[-1, :, :, :CHANNELS], output[-1, :, :, CHANNELS:]
         if t in self.guided:
