@@ -5,14 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, at_least_float32, whole_number
-
-V = TypeVar("V", bound="View")
 
 
 class View:
@@ -140,7 +138,7 @@ class IndexView(View):
         return {key: value for key, value in self.__dict__.items() if key != "_indices"}
 
 
-def variant(base: type[V], name: str, about: str, **attributes: Any) -> type[V]:
+def variant(base: type[View], name: str, about: str, **attributes: Any) -> type[View]:
     """A view's class that differs from another in attributes alone; of "rotate_cw" it is RotateCw."""
     title = "".join(word.capitalize() for word in name.split("_"))
     of_class = {"__module__": base.__module__, "__doc__": about, "name": name, **attributes}

@@ -56,8 +56,7 @@ class LowPass(Component):
         return blurred(x, self.sigma)
 
 
-FROM_CLOSE_BY = "What `low_pass` leaves, which is seen from close by alone."
-HighPass = variant(LowPass, "high_pass", FROM_CLOSE_BY, rest=True)
+HighPass = variant(LowPass, "high_pass", "What `low_pass` leaves, seen from close by alone.", rest=True)
 TripleLowPass = variant(LowPass, "triple_low_pass", "The lowest of three bands.")
 
 
@@ -108,11 +107,18 @@ class Motion(Component):
         self.angle = number("angle", angle, low=-360, high=360)
 
     def filter(self, x: Tensor) -> Tensor:
-        return smeared(x, self.length, self.angle)
+        """The mean of an odd number of shifts along a line; edges are mirrored."""
+        reach = round((self.length * min(x.shape[-2:]) / SIDE - 1) / 2)
+        steps = torch.arange(-reach, reach + 1, device="cpu")
+        right, down = math.cos(math.radians(self.angle)), -math.sin(math.radians(self.angle))
+        longer, places = max(abs(right), abs(down)), []  # whole px along the longer
+        for along, side in zip((down, right), x.shape[-2:], strict=True):
+            places.append(mirrored((steps * (along / longer)).round().long(), side).to(x.device).T)
+        moved = [at_least_float32(x)[..., r[:, None], c] for r, c in zip(*places, strict=True)]
+        return torch.stack(moved).mean(dim=0).to(x.dtype)
 
 
-AT_REST = "What `motion` leaves, which is seen at rest alone."
-MotionRes = variant(Motion, "motion_res", AT_REST, rest=True)
+MotionRes = variant(Motion, "motion_res", "What `motion` leaves, seen at rest alone.", rest=True)
 
 
 class Scale(Component):
@@ -145,18 +151,6 @@ def blurred(x: Tensor, sigma: float) -> Tensor:
         matrix.scatter_add_(1, mirrored(steps, side), (weights / weights.sum()).expand(side, -1))
         matrices.append(matrix.to(wide))
     return (matrices[0] @ wide @ matrices[1].T).to(x.dtype)
-
-
-def smeared(x: Tensor, length: float, angle: float) -> Tensor:
-    """Pictures (..., H, W) under the mean of an odd number of shifts along a line; edges are mirrored."""
-    reach = round((length * min(x.shape[-2:]) / SIDE - 1) / 2)
-    steps = torch.arange(-reach, reach + 1, device="cpu")
-    right, down = math.cos(math.radians(angle)), -math.sin(math.radians(angle))
-    longer, places = max(abs(right), abs(down)), []  # whole px along the longer
-    for along, side in zip((down, right), x.shape[-2:], strict=True):
-        places.append(mirrored((steps * (along / longer)).round().long(), side).to(x.device).T)
-    moved = [at_least_float32(x)[..., r[:, None], c] for r, c in zip(*places, strict=True)]
-    return torch.stack(moved).mean(dim=0).to(x.dtype)
 
 
 def mirrored(steps: Tensor, side: int) -> Tensor:

@@ -19,16 +19,14 @@ from . import pixels
 from .base import View
 from .factorized import COMPONENTS
 from .jigsaw import Jigsaw
-from .pixels import Identity, PatchPermute, PixelPermute
 from .turned import Reflect, Rotate
 
-KINDS: list[type[View]] = [Identity, pixels.Flip, pixels.RotateCw, pixels.RotateCcw, pixels.Rotate180]
-KINDS += [pixels.Negate, pixels.Skew, PatchPermute, PixelPermute, Jigsaw, pixels.InnerCircle]
-KINDS += [pixels.SquareHinge, pixels.PermutationView, pixels.Mirror, pixels.Transpose, pixels.Translate]
-KINDS += [Rotate, Reflect, *COMPONENTS]
+KINDS: list[type[View]] = [pixels.Identity, pixels.Flip, pixels.RotateCw, pixels.RotateCcw]
+KINDS += [pixels.Rotate180, pixels.Negate, pixels.Skew, pixels.PatchPermute, pixels.PixelPermute, Jigsaw]
+KINDS += [pixels.InnerCircle, pixels.SquareHinge, pixels.PermutationView, pixels.Mirror, pixels.Transpose]
+KINDS += [pixels.Translate, Rotate, Reflect, *COMPONENTS]
 CLASSES = {kind.name: kind for kind in KINDS}
 VIEW_NAMES = tuple(CLASSES)
-Arguments = Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None  # of one view, or of each component
 
 
 class Composition(View):
@@ -69,7 +67,7 @@ class Composition(View):
 
 
 def get_views(
-    names: Sequence[str | View], view_args: Sequence[Arguments] | None = None, seed: int = 0
+    names: Sequence[str | View], view_args: Sequence[Any] | None = None, seed: int = 0
 ) -> list[View]:
     """One view per name: one of VIEW_NAMES, a composition such as "rotate_cw+negate", or a View instance.
 
@@ -157,7 +155,7 @@ def _make(name: str | type[View], arguments: Any, whole: str = "", stream: str =
         where = f" in {whole!r}" if "+" in whole else ""
         raise InputError(f"unknown view {name!r}{where}{guess} The views are {', '.join(VIEW_NAMES)}")
     defaults: dict[str, Any] = {}
-    if stream and kind in (PatchPermute, PixelPermute):
+    if stream and kind in (pixels.PatchPermute, pixels.PixelPermute):
         defaults["seed"] = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:6], "big")
     try:
         return kind(**{**defaults, **arguments})
