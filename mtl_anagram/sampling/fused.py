@@ -23,8 +23,6 @@ from .rectification import rectify
 from .schedule import Schedule
 from .solvers import ancestral, in_range
 
-BACKENDS = ("torch", "triton")
-
 
 def fused_step(
     output: Tensor, x: Tensor, z: Tensor, weights: Tensor, numbers: Tensor, places: Tensor, signs: Tensor,
@@ -50,8 +48,7 @@ def back(output: Tensor, places: Tensor, signs: Tensor, scale: float) -> tuple[T
     rows, sides = output.flatten(-2), output.shape[-2:]
     noise, variance = rows[-1, :, :, :3].float(), rows[-1, :, :, 3:]
     if len(rows) == 2:
-        null = rows[0, :, :, :3].float()
-        noise = guide(null, noise, scale)
+        noise = guide(rows[0, :, :, :3].float(), noise, scale)
     at = places[:, None].expand_as(noise)
     noise, variance = noise.gather(-1, at) * signs[:, None, None], variance.gather(-1, at).float()
     return noise.unflatten(-1, sides), variance.unflatten(-1, sides)
@@ -88,7 +85,7 @@ class Fused:
 
 def operations(backend: str, device: torch.device) -> tuple[Callable[..., tuple[Tensor, Tensor]], ...]:
     """The two passes, `back` and `move`, of a backend; InputError where they cannot run."""
-    if choice("fused", backend, BACKENDS) == "torch":
+    if choice("fused", backend, ("torch", "triton")) == "torch":
         return back, move
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError(f'fused="triton" runs on CUDA, not on {str(device)!r}: take "torch"')

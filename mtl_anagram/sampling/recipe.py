@@ -13,9 +13,6 @@ from .checks import Limit, check_limits
 from .rectification import DIAGONALS
 from .solvers import SOLVERS
 
-SCORER_RANGES = ("half", "signed")
-PLACES = ("down", "mid", "up")
-UPSCALE_VIEWS = ("first", "all", "all_latents")
 MAX_SCALE = 1000.0  # of guidance; far above it float32 itself overflows
 R = TypeVar("R", bound="Fields")
 
@@ -82,7 +79,7 @@ class Recipe(Fields):
         **dict.fromkeys(("balancing", "rectification", "anti_segregation", "stage_2_noise_fit"), bool),
         "guidance_scale": MAX_SCALE, "overlap_slope": 0.5, "guidance_rate": 1e6,
         "num_inference_steps": range(1, 1001), "last_guided_step": range(10**9), "map_resolution": range(1, 65),
-        "floor": 1.0, "overlap_target": 0.5, "scorer_range": SCORER_RANGES, "rectify_diagonal": DIAGONALS,
+        "floor": 1.0, "overlap_target": 0.5, "scorer_range": ("half", "signed"), "rectify_diagonal": DIAGONALS,
         "overlap_measure": MEASURES, "solver": SOLVERS,
     }  # fmt: skip
 
@@ -95,7 +92,7 @@ class Recipe(Fields):
             check_limits(self, {"stage_2_guidance_scale": MAX_SCALE})
         object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
         for place in self.map_places:
-            choice("map_places", place, PLACES)
+            choice("map_places", place, ("down", "mid", "up"))
         object.__setattr__(self, "map_places", tuple(self.map_places))
 
     def is_guided(self, index: int) -> bool:
@@ -141,7 +138,7 @@ class UpscaleRecipe(Fields):
 
     _limits: ClassVar[dict[str, Limit]] = {
         "num_inference_steps": range(1, 1000), "exchange_every": range(1, 1000), "noise_level": range(1000),
-        "guidance_scale": MAX_SCALE, "views": UPSCALE_VIEWS,
+        "guidance_scale": MAX_SCALE, "views": ("first", "all", "all_latents"),
     }  # fmt: skip
 
 

@@ -214,13 +214,13 @@ class _Run(Run):
         for side in self.sides:
             whole_number("size", side, 1)
         checked_views(self.views, self.sides)
+        self.text = checked_text("text", self.text, self.count, len(self.views))
+        null = checked_text("null", self.null, self.count, len(self.views), self.text.shape[2:])
+        self.null = null.to(self.text)
         self.passes: Fused | None = None
         if self.fused is not None:
             own = self.views, self.sides, self.schedule, self.text.device
             self.passes = Fused(*own, self.fused, self.draw_picture)
-        self.text = checked_text("text", self.text, self.count, len(self.views))
-        null = checked_text("null", self.null, self.count, len(self.views), self.text.shape[2:])
-        self.null = null.to(self.text)
         # Null rows are for guidance: without it, or where the network does not read the text, nobody needs them.
         share = 1.0 if self.start is None else number("strength", self.start[1], above=True, high=1)
         self.first = min(round((1 - share) * (steps := self.recipe.num_inference_steps)), steps - 1)

@@ -66,7 +66,7 @@ class Motion:
             # Points that turned do not fall evenly: a pixel that got half of its own is covered.
             drawn = torch.lerp(drawn, total / count.clamp(min=1), (2 * count / POINTS**2).clamp(max=1))
         late = max(0.0, (fraction - 0.85) / 0.15) if self.fade == "end" else 0.0
-        return torch.lerp(drawn.unflatten(1, (high, wide)), _padded(end, room), late)
+        return torch.lerp(drawn.unflatten(1, (high, wide)), F.pad(end, (room,) * 4, value=PAPER), late)
 
 
 class Moving:
@@ -89,7 +89,7 @@ class Moving:
         where = number("fraction", fraction, high=1) * len(self.motions)
         index, room = int(where), whole_number("room", room, 0)
         if where == index:
-            return _padded(self.stations[index], room)
+            return F.pad(self.stations[index], (room,) * 4, value=PAPER)
         start, end = self.stations[index : index + 2]
         return self.motions[index].draw(start, end, where - index, room)
 
@@ -192,7 +192,3 @@ def _grid(x: Tensor) -> Tensor:
     """Where the pixels of (..., H, W) are, down and to the right, (H W, 2) float32."""
     pixels = pixel_numbers(*x.shape[-2:]).flatten()
     return torch.stack([pixels // x.shape[-1], pixels % x.shape[-1]], 1).to(torch.float32)
-
-
-def _padded(x: Tensor, room: int) -> Tensor:
-    return F.pad(x, (room,) * 4, value=PAPER) if room else x
