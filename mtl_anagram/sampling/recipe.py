@@ -90,7 +90,13 @@ class Recipe(Fields):
             check_limits(self, {"horizon": range(1, 10**9 + 1)})
         if self.stage_2_guidance_scale is not None:
             check_limits(self, {"stage_2_guidance_scale": MAX_SCALE})
-        object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
+        interval: Any = self.guidance_interval
+        if not isinstance(interval, list | tuple) or len(interval) != 2:
+            wanted = "two fractions of the steps, such as (0.1, 0.8)"
+            raise InputError(f"guidance_interval={interval!r} must be {wanted}")
+        first = number("guidance_interval's first", interval[0], high=1.0)
+        last = number("guidance_interval's last", interval[1], low=first, high=1.0)
+        object.__setattr__(self, "guidance_interval", (first, last))
         for place in self.map_places:
             choice("map_places", place, ("down", "mid", "up"))
         object.__setattr__(self, "map_places", tuple(self.map_places))
@@ -140,11 +146,3 @@ class UpscaleRecipe(Fields):
         "num_inference_steps": range(1, 1000), "exchange_every": range(1, 1000), "noise_level": range(1000),
         "guidance_scale": MAX_SCALE, "views": ("first", "all", "all_latents"),
     }  # fmt: skip
-
-
-def _interval(value: Any) -> tuple[float, float]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        wanted = "two fractions of the steps, such as (0.1, 0.8)"
-        raise InputError(f"guidance_interval={value!r} must be {wanted}")
-    first = number("guidance_interval's first", value[0], high=1.0)
-    return first, number("guidance_interval's last", value[1], low=first, high=1.0)

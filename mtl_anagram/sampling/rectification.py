@@ -62,11 +62,8 @@ def noise_fit(noise: Tensor, x: Tensor, sigma: float) -> Tensor:
     one number a step).
     Returns (B,) in float32 (or wider).
     """
-    noise, x = (_fine(at_least_float32(part)) for part in (noise, x))
+    parts = [at_least_float32(part) for part in (noise, x)]
+    # The average, at the border, is of what there is.
+    noise, x = (p - F.avg_pool2d(p, 3, stride=1, padding=1, count_include_pad=False) for p in parts)
     power = sigma * noise.square().sum(dim=(1, 2, 3))
     return ((noise * x).sum(dim=(1, 2, 3)) / power.clamp(min=FLOOR)).clamp(*FIT)
-
-
-def _fine(x: Tensor) -> Tensor:
-    """What differs from the 3x3 average, at the border of what there is."""
-    return x - F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
