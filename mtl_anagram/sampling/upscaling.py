@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, at_least_float32, whole_number
+from ..errors import InputError, whole_number
 from .balancing import balance
 from .checks import check_kinds, check_result, checked_picture, checked_text, checked_views
 from .guidance import ViewLike, from_views, guide, to_views
@@ -171,7 +171,7 @@ class _Run(Run):
             return Combined(own, None, weights, None, x0)
         # The same noisy latents, split anew: x0 + shift, and the noise that is left.
         shift, (kept, noisy) = self.shift(x0, weights), self.schedule.roots(t)
-        x0, noise = at_least_float32(x0) + shift, at_least_float32(own) - (kept / noisy) * shift
+        x0, noise = x0 + shift, own - (kept / noisy) * shift
         scale = torch.ones_like(weights[:, 0])
         if self.recipe.rectification and len(self.views) > 1 and not self.sums:
             # Here views have no common frame. But sum_ij a_i a_j m_ij is the power of the combined noise, which
