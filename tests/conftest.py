@@ -12,6 +12,7 @@ import torch
 
 from mtl_anagram import Cascade
 from tests.unit.tiny import write_cascade
+from tests.unit.tiny_requests import maker
 
 
 def pytest_collection_modifyitems(config, items):
@@ -36,6 +37,12 @@ def cascade(cascade_folder):
 
 
 @pytest.fixture
+def make(tmp_path, cascade):
+    """make(folder="out", **changes) calls generate_anagram with a small request for the tiny cascade."""
+    return maker(tmp_path, cascade)
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     """Toy tensors gain nothing from a second thread, and lose much to it on a busy machine."""
     before = torch.get_num_threads()

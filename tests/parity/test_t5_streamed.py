@@ -7,8 +7,6 @@ from mtl_anagram.models import StreamedT5Encoder, load_t5
 from tests.helpers import relative
 from tests.parity.test_t5 import SIZES, batch, pair
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("shard", ["1GB", "5KB"])
 @pytest.mark.parametrize("size", SIZES)

@@ -22,8 +22,6 @@ from tests.helpers import data_folder, relative
 from tests.parity import upscaler_references as references
 from tests.parity.upscaler_references import MERGES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def vae():

@@ -20,10 +20,7 @@ from mtl_anagram.views import get_views
 from tests.helpers import relative
 from tests.parity import upscaler_references as references
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 75, 999])

@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("own_rules", ROOT / "examples/own_rules.py")
 rules = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(rules)
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = Recipe.plain(num_inference_steps=4)
 SCHEDULE = Schedule.stage_1(4)
 

@@ -14,7 +14,6 @@ from mtl_anagram.models import load_unet
 from mtl_anagram.models.machine import Memory, memory_of
 from mtl_anagram.models.planning import FITS, OVERHEAD, STREAMED, TIGHT, TOO_LARGE, UNKNOWN, describe, plan
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 

@@ -15,7 +15,6 @@ from mtl_anagram.models import StreamedT5Encoder, T5Encoder
 from mtl_anagram.models.machine import Memory
 from tests.unit.tiny import sentencepiece_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ABOUT = {"weights": "abc", "stored": "torch.float32"}
 
 

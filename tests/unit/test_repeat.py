@@ -21,14 +21,7 @@ from mtl_anagram import (
 )
 from mtl_anagram.files.checksums import combined_checksum
 from mtl_anagram.sampling import Combined
-from tests.unit.tiny_requests import files, maker, metadata, never, pictures
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def make(tmp_path, cascade):
-    return maker(tmp_path, cascade)
+from tests.unit.tiny_requests import files, metadata, never, pictures
 
 
 @pytest.fixture

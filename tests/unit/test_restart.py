@@ -2,14 +2,7 @@
 
 import pytest
 
-from tests.unit.tiny_requests import NAMES, PICTURES, files, maker, metadata, never, pictures, pixels
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def make(tmp_path, cascade):
-    return maker(tmp_path, cascade)
+from tests.unit.tiny_requests import NAMES, PICTURES, files, metadata, never, pictures, pixels
 
 
 def test_stage_2_can_be_left_out_and_added(make):

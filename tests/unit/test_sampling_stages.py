@@ -12,9 +12,6 @@ from mtl_anagram.sampling import Recipe, Schedule, ddpm_step, noise_fit, sample_
 TOKENS, WIDTH = 5, 4
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 class Flip:
     """A toy view: upside down, or as it is."""
 

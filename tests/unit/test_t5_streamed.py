@@ -16,7 +16,6 @@ from tests.helpers import relative
 from tests.unit import tiny
 from tests.unit.test_layouts import lay_out
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 FILE = "model.safetensors"
 WI = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"

@@ -16,7 +16,6 @@ from mtl_anagram.sampling import sample_stage3
 from tests.unit.tiny_requests import REQUEST, files, maker, metadata, never, pictures
 from tests.unit.tiny_upscaler import write_upscaler
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = UpscaleRecipe(num_inference_steps=2)
 PLAIN = {"recipe": Recipe.plain()}
 

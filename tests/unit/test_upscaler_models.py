@@ -24,8 +24,6 @@ from mtl_anagram.models.upscaler import (
 from tests.helpers import relative
 from tests.unit.tiny_upscaler import TEXT, UNET, VAE, write_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 RELEASED_UNET = {
     **UNET, "attention_head_dim": 8, "block_out_channels": [256, 512, 512, 1024],
     "cross_attention_dim": 1024, "down_block_types": ["DownBlock2D"] + 3 * ["CrossAttnDownBlock2D"],

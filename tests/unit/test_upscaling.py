@@ -19,8 +19,6 @@ from mtl_anagram.views.registry import KINDS
 from tests.helpers import relative
 from tests.unit.tiny_upscaler import DDIM, LOW_RES, VAE_X4
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Toy:
     """An odd network of each pixel and its right and lower neighbours: no view leaves it as it is."""
