@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 
@@ -12,11 +13,13 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     return ((value - reference).abs().max() / reference.abs().max().clamp(min=1e-12)).item()
 
 
-def data_folder() -> Path | None:
-    """The folder with the published tokenizers' files, which the repository does not hold, or None.
+def published(name: str) -> Path:
+    """A file of the published tokenizers, which the repository does not hold; skips the test where it is not here.
 
-    The environment variable MTL_ANAGRAM_DATA names it; else shared/data beside the repository is tried.
+    The environment variable MTL_ANAGRAM_DATA names the folder; else shared/data beside the repository is tried.
     """
     named = os.environ.get("MTL_ANAGRAM_DATA")
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
-    return folder if folder.is_dir() else None
+    if not (folder / name).is_file():
+        pytest.skip(f"{name} is not here; MTL_ANAGRAM_DATA names the folder that holds it")
+    return folder / name

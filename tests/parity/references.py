@@ -41,9 +41,13 @@ STAGE_2 = {
 
 
 def unet(config: dict, seed: int = 0, **changes) -> UNet2DConditionModel:
-    """A random reference UNet; its norms' weights and biases are random too, as trained ones are."""
     torch.manual_seed(seed)
-    model = UNet2DConditionModel.from_config({**config, **changes}).eval().requires_grad_(False)
+    return shaken(UNet2DConditionModel.from_config({**config, **changes}))
+
+
+def shaken(model):
+    """Eval mode; norms' weights and biases random too, as trained ones are."""
+    model = model.eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.add_(0.2 * torch.randn_like(parameter))

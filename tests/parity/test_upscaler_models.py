@@ -18,7 +18,7 @@ from mtl_anagram.models.upscaler import (
     load_upscaler,
 )
 from mtl_anagram.models.upscaler.loading import OLD_NAMES
-from tests.helpers import data_folder, relative
+from tests.helpers import published, relative
 from tests.parity import upscaler_references as references
 from tests.parity.upscaler_references import MERGES
 
@@ -184,13 +184,9 @@ def test_tokenizer_equals_the_reference(tmp_path):
 
 
 def test_tokenizer_equals_the_reference_in_clips_own_vocabulary(tmp_path):
-    folder = data_folder()
-    if folder is None or not (folder / "bpe_simple_vocab_16e6.txt.gz").is_file():
-        pytest.skip("CLIP's merges are not here; MTL_ANAGRAM_DATA names the folder that holds them")
-    pairs = CLIPTokenizer(folder / "bpe_simple_vocab_16e6.txt.gz")
-    references.write_tokenizer(tmp_path / "tokenizer")
-    pairs.save(tmp_path / "tokenizer" / "merges.txt")
-    (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps(pairs.names()))
+    references.write_tokenizer(
+        tmp_path / "tokenizer", CLIPTokenizer(published("bpe_simple_vocab_16e6.txt.gz"))
+    )
     ours = UpscalerTokenizer(tmp_path)
     reference = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer", pad_token="!")
     assert ours.vocab_size == 49408

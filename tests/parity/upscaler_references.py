@@ -7,6 +7,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from mtl_anagram.models.tokenizers import CLIPTokenizer
+from tests.parity.references import shaken
+from tests.unit import tiny_upscaler
+
 MERGES = ["d u", "du c", "duc k</w>", "c a", "ca t</w>", "o f</w>", "s k", "w o", "wo w</w>", "! !</w>"]
 UNET = {
     "attention_head_dim": 4, "block_out_channels": [16, 32, 32, 48], "cross_attention_dim": 24,
@@ -24,58 +28,38 @@ TEXT = {
     "hidden_act": "gelu", "hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 4,
     "num_hidden_layers": 3, "max_position_embeddings": 77,
 }  # fmt: skip
-SCHEDULER = {
-    "beta_end": 0.02, "beta_schedule": "scaled_linear", "beta_start": 0.0001, "clip_sample": False,
-    "num_train_timesteps": 1000, "prediction_type": "v_prediction", "set_alpha_to_one": False,
-    "steps_offset": 1,
-}  # fmt: skip
-LOW_RES_SCHEDULER = {"beta_end": 0.02, "beta_schedule": "scaled_linear", "beta_start": 0.0001}
 
 
 def unet(seed: int = 0, **changes) -> UNet2DConditionModel:
     torch.manual_seed(seed)
-    return _shaken(UNet2DConditionModel.from_config({**UNET, **changes}))
+    return shaken(UNet2DConditionModel.from_config({**UNET, **changes}))
 
 
 def autoencoder(seed: int = 1, **changes) -> AutoencoderKL:
     torch.manual_seed(seed)
-    return _shaken(AutoencoderKL.from_config({**VAE, **changes}))
+    return shaken(AutoencoderKL.from_config({**VAE, **changes}))
 
 
 def text_tower(seed: int = 2, **changes) -> CLIPTextModel:
     torch.manual_seed(seed)
     vocab = {"vocab_size": 512 + len(MERGES) + 2}
-    model = _shaken(CLIPTextModel(CLIPTextConfig(**{**TEXT, **vocab, **changes})))
+    model = shaken(CLIPTextModel(CLIPTextConfig(**{**TEXT, **vocab, **changes})))
     for parameter in model.parameters():
         parameter.mul_(3)  # transformers starts CLIP so small that its states would hardly differ
     return model
 
 
 def ddim() -> DDIMScheduler:
-    return DDIMScheduler(**SCHEDULER)
+    return DDIMScheduler.from_config(tiny_upscaler.DDIM)
 
 
 def low_res_scheduler() -> DDPMScheduler:
-    return DDPMScheduler(**LOW_RES_SCHEDULER)
+    return DDPMScheduler.from_config(tiny_upscaler.LOW_RES)
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, tokenizer: CLIPTokenizer | None = None) -> None:
     """vocab.json, merges.txt and the two files that quarrel about the padding, as in the release."""
-    from mtl_anagram.models.tokenizers import CLIPTokenizer
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
-    (folder / "vocab.json").write_text(json.dumps(CLIPTokenizer(MERGES).names()))
-    common = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    (folder / "special_tokens_map.json").write_text(json.dumps({**common, "pad_token": "!"}))
-    config = {**common, "model_max_length": 77, "pad_token": "<|endoftext|>"}
+    tiny_upscaler.write_tokenizer(folder, tokenizer or CLIPTokenizer(MERGES))
+    config = {"bos_token": "<|startoftext|>", "model_max_length": 77}
+    config |= dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def _shaken(model):
-    """Eval mode; norms' weights and biases random too, as trained ones are."""
-    model = model.eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model

@@ -16,8 +16,7 @@ from mtl_anagram.models.noise_clip import (
 )
 from mtl_anagram.models.tokenizers import CLIPTokenizer
 from tests.helpers import relative
-
-MERGES = ["d u", "du c", "duc k</w>", "c a", "ca t</w>"]
+from tests.unit.tiny import MERGES
 
 
 def norm(x, state, name):

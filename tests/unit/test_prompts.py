@@ -11,15 +11,11 @@ from mtl_anagram.models.prompts import (
     styled,
     with_article,
 )
-from mtl_anagram.models.tokenizers import T5Tokenizer
-from tests.unit.tiny import sentencepiece_model
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("t5") / "spiece.model"
-    path.write_bytes(sentencepiece_model())
-    return T5Tokenizer(path)
+@pytest.fixture
+def tokenizer(cascade):
+    return cascade.tokenizer
 
 
 def named(tokenizer, prompt, *args):

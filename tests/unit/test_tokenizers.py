@@ -11,16 +11,12 @@ import torch
 from mtl_anagram.errors import InputError, SourceError
 from mtl_anagram.models import load_tokenizer
 from mtl_anagram.models.tokenizers import CLIPTokenizer, T5Tokenizer, clean, words
-from tests.unit.tiny import sentencepiece_model
-
-MERGES = ["d u", "du c", "duc k</w>", "c a", "ca t</w>"]
+from tests.unit.tiny import MERGES
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("t5") / "spiece.model"
-    path.write_bytes(sentencepiece_model())
-    return path
+@pytest.fixture
+def model(cascade_folder):
+    return cascade_folder / "stage_1" / "tokenizer" / "spiece.model"
 
 
 def test_t5_batch_layout(model):

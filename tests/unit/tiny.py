@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 from mtl_anagram.models.configs import UNetConfig
 from mtl_anagram.models.noise_clip import ImageEncoder, TextEncoder
 from mtl_anagram.models.t5 import T5Config, T5Encoder
+from mtl_anagram.models.tokenizers import CLIPTokenizer
 from mtl_anagram.models.unet import UNet
 
 WORDS = ["a", "duck", "rabbit", "sketch", "of", "the", "sea", "turtle", "big", "cat", "house", "photo", "an"]
+MERGES = ["d u", "du c", "duc k</w>", "c a", "ca t</w>"]
 STAGE_1 = {
     "block_out_channels": [8, 16, 16, 16],
     "layers_per_block": 1,
@@ -82,16 +84,15 @@ def write_t5(folder: Path, seed: int = 0) -> None:
 
 def write_clip(folder: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
-    merges = ["d u", "du c", "duc k</w>", "c a", "ca t</w>"]
-    vocabulary = 512 + len(merges) + 2
+    tokenizer = CLIPTokenizer(MERGES)
     image = ImageEncoder(image_size=64, patch_size=16, width=64, layers=1, embedding=16)
-    text = TextEncoder(vocab=vocabulary, width=64, layers=1, embedding=16)
+    text = TextEncoder(vocab=tokenizer.vocab_size, width=64, layers=1, embedding=16)
     for module in (image, text):
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
     save_module(image, folder / "clip_image_enc.safetensors")
     save_module(text, folder / "clip_text_enc.safetensors")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    tokenizer.save(folder / "merges.txt")
 
 
 def write_cascade(folder: Path, *, stage_2: bool = True) -> Path:

@@ -15,9 +15,8 @@ from mtl_anagram.models.upscaler import (
     UpscalerUNet,
     UpscalerUNetConfig,
 )
-from tests.unit.tiny import save_module
+from tests.unit.tiny import MERGES, save_module
 
-MERGES = ["d u", "du c", "duc k</w>", "c a", "ca t</w>"]
 UNET = {
     "attention_head_dim": 2, "block_out_channels": [8, 8], "cross_attention_dim": 8,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "in_channels": 7, "layers_per_block": 1,
@@ -42,10 +41,11 @@ LOW_RES = {
 }  # fmt: skip
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, tokenizer: CLIPTokenizer | None = None) -> None:
+    tokenizer = tokenizer or CLIPTokenizer(MERGES)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
-    (folder / "vocab.json").write_text(json.dumps(CLIPTokenizer(MERGES).names()))
+    tokenizer.save(folder / "merges.txt")
+    (folder / "vocab.json").write_text(json.dumps(tokenizer.names()))
     (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
 
 
