@@ -25,22 +25,18 @@ STAGE_1 = {
     "variance_type": "learned_range",
     "lambda_min_clipped": -5.1,
 }
-STAGE_2 = {**STAGE_1, "sample_max_value": 1.0}
-NOISING = {
-    **STAGE_1,
-    "sample_max_value": 1.0,
-    "thresholding": False,
-    "variance_type": "fixed_small",
-    "dynamic_thresholding_ratio": 0.995,
-}
-UNCLIPPED = {**STAGE_1, "thresholding": False, "clip_sample": False}
-CLIPPED = {**STAGE_1, "thresholding": False, "clip_sample_range": 0.8}
 CONFIGS = {
     "stage_1": STAGE_1,
-    "stage_2": STAGE_2,
-    "noising": NOISING,
-    "unclipped": UNCLIPPED,
-    "clipped": CLIPPED,
+    "stage_2": {**STAGE_1, "sample_max_value": 1.0},
+    "noising": {
+        **STAGE_1,
+        "sample_max_value": 1.0,
+        "thresholding": False,
+        "variance_type": "fixed_small",
+        "dynamic_thresholding_ratio": 0.995,
+    },
+    "unclipped": {**STAGE_1, "thresholding": False, "clip_sample": False},
+    "clipped": {**STAGE_1, "thresholding": False, "clip_sample_range": 0.8},
 }
 
 
@@ -108,7 +104,7 @@ def test_large_pictures():
 
 @pytest.mark.parametrize("t", [0, 50, 250, 999])
 def test_add_noise(t):
-    reference, ours = reference_of(NOISING, 30), Schedule.stage_2(30)
+    reference, ours = reference_of(CONFIGS["noising"], 30), Schedule.stage_2(30)
     draws = torch.Generator().manual_seed(t)
     x, noise = torch.rand(2, 3, 8, 8, generator=draws), torch.randn(2, 3, 8, 8, generator=draws)
     want = reference.add_noise(x, noise, torch.tensor([t, t]))

@@ -11,6 +11,7 @@ from mtl_anagram.models.configs import UNetConfig
 from mtl_anagram.models.unet import UNet
 from tests.helpers import relative
 from tests.parity.references import STAGE_1, STAGE_2, unet
+from tests.parity.test_trajectory import ReadableAttention
 
 
 def ours_of(reference):
@@ -66,35 +67,11 @@ def test_one_time_and_one_noise_level_serve_all_rows():
         assert relative(ours(x, 400, text, 50), theirs) < 1e-5
 
 
-class Storing:
-    """A reference attention processor written plainly: every softmax is kept."""
-
-    def __init__(self, store, name):
-        self.store, self.name = store, name
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
-        residual = hidden_states
-        rows, channels, height, width = hidden_states.shape
-        pixels = attn.group_norm(hidden_states.view(rows, channels, -1)).transpose(1, 2)
-        text = attn.norm_encoder_hidden_states(encoder_hidden_states)
-
-        def split(states):
-            return states.view(rows, -1, attn.heads, channels // attn.heads).transpose(1, 2)
-
-        q = split(attn.to_q(pixels))
-        k = torch.cat([split(attn.add_k_proj(text)), split(attn.to_k(pixels))], dim=2)
-        v = torch.cat([split(attn.add_v_proj(text)), split(attn.to_v(pixels))], dim=2)
-        probabilities = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
-        self.store[self.name] = probabilities
-        out = (probabilities @ v).transpose(1, 2).reshape(rows, -1, channels)
-        out = attn.to_out[0](out).transpose(1, 2).view(rows, channels, height, width)
-        return out + residual
-
-
 def stored_maps(reference):
+    """Where the reference's attention, written plainly, keeps every softmax by its layer's name."""
     store = {}
     names = [name.removesuffix(".processor") for name in reference.attn_processors]
-    reference.set_attn_processor({f"{name}.processor": Storing(store, name) for name in names})
+    reference.set_attn_processor({f"{name}.processor": ReadableAttention(store, name) for name in names})
     return store
 
 

@@ -26,24 +26,23 @@ VAE = {
 }  # fmt: skip
 TEXT = {
     "hidden_act": "gelu", "hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 4,
-    "num_hidden_layers": 3, "max_position_embeddings": 77,
+    "num_hidden_layers": 3, "max_position_embeddings": 77, "vocab_size": 512 + len(MERGES) + 2,
 }  # fmt: skip
 
 
-def unet(seed: int = 0, **changes) -> UNet2DConditionModel:
-    torch.manual_seed(seed)
+def unet(**changes) -> UNet2DConditionModel:
+    torch.manual_seed(0)
     return shaken(UNet2DConditionModel.from_config({**UNET, **changes}))
 
 
-def autoencoder(seed: int = 1, **changes) -> AutoencoderKL:
-    torch.manual_seed(seed)
+def autoencoder(**changes) -> AutoencoderKL:
+    torch.manual_seed(1)
     return shaken(AutoencoderKL.from_config({**VAE, **changes}))
 
 
-def text_tower(seed: int = 2, **changes) -> CLIPTextModel:
-    torch.manual_seed(seed)
-    vocab = {"vocab_size": 512 + len(MERGES) + 2}
-    model = shaken(CLIPTextModel(CLIPTextConfig(**{**TEXT, **vocab, **changes})))
+def text_tower() -> CLIPTextModel:
+    torch.manual_seed(2)
+    model = shaken(CLIPTextModel(CLIPTextConfig(**TEXT)))
     for parameter in model.parameters():
         parameter.mul_(3)  # transformers starts CLIP so small that its states would hardly differ
     return model
