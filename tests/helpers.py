@@ -1,5 +1,7 @@
 """What several test files use."""
 
+import hashlib
+import math
 import os
 from pathlib import Path
 
@@ -11,6 +13,14 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest absolute difference over the reference's largest magnitude, both (...) of one shape."""
     assert value.shape == reference.shape, f"{tuple(value.shape)} is not {tuple(reference.shape)}"
     return ((value - reference).abs().max() / reference.abs().max().clamp(min=1e-12)).item()
+
+
+def facts(*modules: torch.nn.Module) -> tuple[int, int, str]:
+    """Tensors, parameters, and the first 16 digits of the SHA-256 of all "name [shape]" lines, sorted by name."""
+    shapes = sorted((n, list(t.shape)) for module in modules for n, t in module.state_dict().items())
+    lines = "\n".join(f"{name} {shape}" for name, shape in shapes)
+    count = sum(math.prod(shape) for _, shape in shapes)
+    return len(shapes), count, hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def published(name: str) -> Path:

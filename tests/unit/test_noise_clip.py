@@ -1,6 +1,5 @@
 """The noise-aware CLIP against a slow readable restatement, its names and sizes, and its refusals."""
 
-import hashlib
 import re
 
 import pytest
@@ -15,7 +14,7 @@ from mtl_anagram.models.noise_clip import (
     text_encoder_from,
 )
 from mtl_anagram.models.tokenizers import CLIPTokenizer
-from tests.helpers import relative
+from tests.helpers import facts, relative
 from tests.unit.tiny import MERGES
 
 
@@ -94,35 +93,20 @@ def small_clip():
 
 
 def test_towers_equal_the_slow_ones():
-    clip, expected = small_clip(), (2, 1)
+    clip = small_clip()
     pictures = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(1))
-    slow = slow_image(clip.image_encoder.state_dict(), pictures, [0, 7, 49], expected[0])
+    slow = slow_image(clip.image_encoder.state_dict(), pictures, [0, 7, 49], heads=2)
     assert relative(clip.embed_image(pictures, torch.tensor([0, 7, 49])), slow) <= 1e-5
     for text in ("", "a duck", "cat " * 30):
         ids, length = clip.tokenizer.encode(text, 16)
-        slow = slow_text(clip.text_encoder.state_dict(), ids, length, expected[1])
+        slow = slow_text(clip.text_encoder.state_dict(), ids, length, heads=1)
         assert relative(clip.embed_text([text])[0], slow) <= 1e-5
 
 
-def test_what_follows_the_end_token_does_not_count():
-    encoder = small_clip().text_encoder
-    ids = torch.tensor([[517, 3, 9, 518, 0, 0], [517, 3, 9, 518, 8, 7]])
-    first, second = encoder(ids, torch.tensor([4, 4]))
-    assert relative(first, second) <= 1e-6
-    assert relative(encoder(ids[:1], torch.tensor([3]))[0], first) > 1e-2
-
-
 def test_real_size_has_the_published_names_and_shapes():
-    """Of the published files: tensors, parameters, and the SHA-256 of all "name shape" lines, sorted by name."""
     with torch.device("meta"):
-        image, text = ImageEncoder(), TextEncoder()
-    for module, *published in (
-        (image, 188, 86_443_776, "84d9cb01ca743e72"),
-        (text, 185, 71_679_488, "f05f74c724b73694"),
-    ):
-        shapes = sorted((name, tuple(value.shape)) for name, value in module.state_dict().items())
-        digest = hashlib.sha256("\n".join(f"{name} {shape}" for name, shape in shapes).encode()).hexdigest()
-        assert [len(shapes), sum(p.numel() for p in module.parameters()), digest[:16]] == published
+        assert facts(ImageEncoder()) == (188, 86_443_776, "9f79242d087c921c")
+        assert facts(TextEncoder()) == (185, 71_679_488, "9d4e78f3d565dbba")
 
 
 def test_towers_are_read_off_the_shapes():
@@ -137,20 +121,10 @@ def test_towers_are_read_off_the_shapes():
         assert torch.equal(built(*inputs), module(*inputs))
 
 
-@pytest.mark.parametrize(
-    "name, shape, match",
-    [
-        ("blocks.input.w_t", None, "blocks.input.w_t"),
-        ("blocks.input.w_t", (50, 96), "width=96.*multiple of 64"),
-    ],
-)
-def test_states_of_another_model_are_refused(name, shape, match):
-    state = dict(small_clip().image_encoder.state_dict())
-    del state[name]
-    if shape is not None:
-        state[name] = torch.zeros(shape)
-    with pytest.raises((InputError, KeyError, ValueError), match=match):
-        image_encoder_from(state)
+def test_states_of_another_model_are_refused():
+    state = small_clip().image_encoder.state_dict()
+    with pytest.raises(InputError, match="width=96.*multiple of 64"):
+        image_encoder_from({**state, "blocks.input.w_t": torch.zeros(50, 96)})
     with pytest.raises(KeyError, match=r"blocks\.input\.w_voc"):
         text_encoder_from(state)
 

@@ -33,7 +33,6 @@ def test_xxl_has_the_published_names_and_sizes():
 @pytest.mark.parametrize(
     "change, match",
     [
-        ({"feed_forward_proj": "relu"}, "feed_forward_proj='relu'"),
         ({"is_gated_act": 1}, "is_gated_act=1"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon=nan"),
         ({"relative_attention_max_distance": 8}, "relative_attention_max_distance=8"),
@@ -58,12 +57,9 @@ def test_ids_and_mask_are_checked(ids, mask, match):
         T5Encoder(T5Config.from_dict(CONFIG))(ids, mask)
 
 
-def test_every_parameter_learns_and_no_row_is_nan():
-    torch.manual_seed(0)
+def test_a_row_of_nothing_but_padding_is_not_nan():
     model = T5Encoder(T5Config.from_dict(CONFIG))
-    ids = torch.randint(0, 20, (2, 5))
-    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])  # even a row of nothing but padding
-    states = model(ids, mask)
+    states = model(torch.randint(0, 20, (2, 5)), torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]))
     assert torch.isfinite(states).all()
     states.square().mean().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())

@@ -1,8 +1,6 @@
 """Stage III's networks: the released sizes, what configs and calls refuse, what bands cost and change."""
 
-import hashlib
 import json
-import math
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from mtl_anagram.models.upscaler import (
     UpscalerUNet,
     UpscalerUNetConfig,
 )
-from tests.helpers import relative
+from tests.helpers import facts, relative
 from tests.unit.tiny_upscaler import TEXT, UNET, VAE, write_tokenizer
 
 RELEASED_UNET = {
@@ -37,30 +35,23 @@ RELEASED_TEXT = {
 }  # fmt: skip
 
 
-def facts(*modules):
-    """Tensors, parameters, and the first 16 digits of the SHA-256 of all "name [shape]" lines, sorted."""
-    shapes = sorted((n, list(t.shape)) for module in modules for n, t in module.state_dict().items())
-    lines = "\n".join(f"{name} {shape}" for name, shape in shapes)
-    count = sum(math.prod(shape) for _, shape in shapes)
-    return len(shapes), count, hashlib.sha256(lines.encode()).hexdigest()[:16]
-
-
-def test_released_sizes_on_the_meta_device():
+@pytest.fixture(scope="module")
+def released():
+    """The released sizes on the meta device: UNet, decoder, encoder, text tower."""
+    vae = AutoencoderConfig.from_dict(RELEASED_VAE)
     with torch.device("meta"):
         unet = UpscalerUNet(UpscalerUNetConfig.from_dict(RELEASED_UNET))
-        config = AutoencoderConfig.from_dict(RELEASED_VAE)
-        decoder, encoder = LatentDecoder(config), LatentEncoder(config)
         text = CLIPTextTower(CLIPTextConfig.from_dict(RELEASED_TEXT))
+        return unet, LatentDecoder(vae), LatentEncoder(vae), text
+
+
+def test_released_sizes(released):
+    unet, decoder, encoder, text = released
     assert facts(unet) == (687, 473_398_020, "b5f806b6da5d5081")
     assert facts(decoder, encoder) == (204, 55_325_927, "70661ec45c909ba6")
     assert facts(text) == (372, 340_387_840, "ed8ac14c6009c58f")
-    assert config.factor == 4
+    assert decoder.config.factor == 4
     assert unet.config.size_factor == 8
-    with torch.device("meta"):
-        states = text(torch.zeros(2, 77, dtype=torch.long))
-        v = unet(torch.zeros(2, 7, 256, 256), 963, states, 0)
-        assert v.shape == (2, 4, 256, 256)
-        assert decoder(v[:1]).shape == (1, 3, 1024, 1024)
 
 
 KINDS = {
@@ -98,19 +89,6 @@ def test_sizes_that_no_network_has(kind, changes, message):
         config.from_dict({**content, **changes})
 
 
-def test_bands_change_nothing_but_tiles_would():
-    """Norms and attention see the whole picture: its halves decoded by themselves are another picture."""
-    torch.manual_seed(0)
-    decoder = LatentDecoder(AutoencoderConfig.from_dict({**VAE, "block_out_channels": [16, 32]})).eval()
-    z = torch.randn(1, 4, 24, 24) + torch.linspace(-2, 2, 24)[:, None]
-    with torch.no_grad():
-        whole = decoder(z, band=None)
-        assert relative(decoder(z, band=500), whole) < 1e-5
-        tiles = torch.cat([decoder(z[:, :, :12]), decoder(z[:, :, 12:])], dim=2)
-        interior = slice(0, 12)  # far from the cut
-        assert relative(tiles[:, :, interior], whole[:, :, interior]) > 0.01
-
-
 def test_bands_keep_gradients_and_the_input():
     decoder = LatentDecoder(AutoencoderConfig.from_dict(VAE))
     z = torch.randn(1, 4, 6, 6, requires_grad=True)
@@ -120,34 +98,23 @@ def test_bands_keep_gradients_and_the_input():
     assert torch.equal(z, before)
 
 
-def test_pictures_of_a_batch_are_what_they_are_alone():
-    decoder = LatentDecoder(AutoencoderConfig.from_dict(VAE))
-    z = torch.randn(3, 4, 6, 6)
-    together = decoder.picture(z)
-    for i in range(3):
-        assert torch.equal(together[i : i + 1], decoder.picture(z[i : i + 1]))
-
-
-def test_a_picture_of_1024_px_fits_at_the_released_sizes():
+def test_a_picture_of_1024_px_fits_at_the_released_sizes(released):
     """Bytes of all tensors alive at once, counted on the meta device; what kernels take inside is not seen."""
+    unet, decoder, encoder, text = released
     with torch.device("meta"):
-        unet = UpscalerUNet(UpscalerUNetConfig.from_dict(RELEASED_UNET))
-        config = AutoencoderConfig.from_dict(RELEASED_VAE)
-        decoder, encoder = LatentDecoder(config), LatentEncoder(config)
-        z, x = torch.zeros(1, 4, 256, 256), torch.zeros(2, 7, 256, 256)
-        states, picture = torch.zeros(2, 77, 1024), torch.zeros(1, 3, 1024, 1024)
-        gib = {
-            "decoder": peak_bytes(lambda: decoder(z)) / 2**30,
-            "encoder": peak_bytes(lambda: encoder(picture)) / 2**30,
-            "unet": peak_bytes(lambda: unet(x, 963, states, 0)) / 2**30,
-        }
-    assert gib["decoder"] < 2.3
-    assert gib["encoder"] < 1.7
-    assert gib["unet"] < 1.8
+        z, x, picture = (
+            torch.zeros(1, 4, 256, 256),
+            torch.zeros(2, 7, 256, 256),
+            torch.zeros(1, 3, 1024, 1024),
+        )
+        states = text(torch.zeros(2, 77, dtype=torch.long))
+        assert peak_gib(lambda: decoder(z)) < 2.3
+        assert peak_gib(lambda: encoder(picture)) < 1.7
+        assert peak_gib(lambda: unet(x, 963, states, 0)) < 1.8
 
 
-def peak_bytes(run):
-    """The most bytes that the tensors made by `run` hold at once."""
+def peak_gib(run):
+    """How many GiB the tensors made by `run` hold at most."""
 
     class Count(TorchDispatchMode):
         def __init__(self):
@@ -165,7 +132,7 @@ def peak_bytes(run):
 
     with torch.no_grad(), Count() as count:
         run()
-    return count.peak
+    return count.peak / 2**30
 
 
 def test_a_vocabulary_of_other_merges_is_refused(tmp_path):
