@@ -1,4 +1,4 @@
-"""The tokenizers' own behaviour: layout of a batch, files that are not theirs, wrong types."""
+"""The tokenizers' files, and what is none of theirs; their ids are tests/parity's."""
 
 import gzip
 import io
@@ -6,43 +6,16 @@ import json
 
 import pytest
 import sentencepiece
-import torch
 
 from mtl_anagram.errors import InputError, SourceError
 from mtl_anagram.models import load_tokenizer
-from mtl_anagram.models.tokenizers import CLIPTokenizer, T5Tokenizer, clean, words
+from mtl_anagram.models.tokenizers import CLIPTokenizer, T5Tokenizer, clean
 from tests.unit.tiny import MERGES
 
 
 @pytest.fixture
 def model(cascade_folder):
     return cascade_folder / "stage_1" / "tokenizer" / "spiece.model"
-
-
-def test_t5_batch_layout(model):
-    tokenizer = T5Tokenizer(model)
-    ids, mask = tokenizer(["", "  A DUCK ", "a duck", "duck " * 200])
-    assert ids.shape == mask.shape == (4, 77)
-    assert ids.dtype == mask.dtype == torch.long
-    assert ids[0].tolist() == [1] + 76 * [0]
-    assert torch.equal(ids[1], ids[2])
-    length = int(mask[2].sum())
-    assert ids[2, length - 1 :].tolist() == [1] + [0] * (77 - length)
-    assert mask[2].tolist() == [1] * length + [0] * (77 - length)
-    assert ids[3, -1] == 1  # the cut keeps the end token
-    assert mask[3].all()
-    assert tokenizer(["a duck"], max_length=1)[0].tolist() == [[1]]
-    with torch.device("meta"):
-        assert torch.equal(tokenizer(["a duck"])[0].to("cpu"), ids[2:3])
-
-
-def test_t5_pieces_and_sentinels(model):
-    tokenizer = T5Tokenizer(model)
-    ids = tokenizer.encode("the <extra_id_0> duck")
-    assert tokenizer.pieces(ids) == ["▁the", "<extra_id_0>", "▁duck", "</s>"]
-    assert ids[1] == tokenizer.vocab_size - 1
-    assert tokenizer.split("the <extra_id_0> ☃☃") == ["▁the", "<extra_id_0>", "▁", "☃☃"]
-    assert tokenizer.encode("☃")[-2:] == [2, 1]
 
 
 def test_t5_file_must_be_there_and_whole_and_t5s(model, tmp_path):
@@ -59,7 +32,6 @@ def test_t5_file_must_be_there_and_whole_and_t5s(model, tmp_path):
 
 
 def test_t5_from_the_file_that_newer_libraries_save(model, tmp_path):
-    """The parity tests compare the ids; here: which file is looked for, and what is no tokenizer.json of T5's."""
     own = tmp_path / "tokenizer"
     own.mkdir()
     with pytest.raises(SourceError, match=r"no spiece\.model"):
@@ -75,10 +47,7 @@ def test_t5_from_the_file_that_newer_libraries_save(model, tmp_path):
     path = own / "tokenizer.json"
     path.write_text(json.dumps(content))
     for source in (tmp_path, own):
-        found = load_tokenizer(source)
-        assert found.vocab_size == whole.vocab_size
-        for text in ("A  sketch of the <extra_id_3> duck", "☃ x", ""):
-            assert found.encode(text) == whole.encode(text)
+        assert load_tokenizer(source).encode("A  sketch of the duck") == whole.encode("A  sketch of the duck")
     for wrong in ({"model": {"type": "BPE"}}, {"normalizer": None}, {"model": {"vocab": []}}):
         path.write_text(json.dumps({**content, **wrong}))
         with pytest.raises(SourceError, match=r"tokenizer\.json is not T5's"):
@@ -91,8 +60,6 @@ def test_clip_layout():
     assert tokenizer.encode("Duck  CAT") == ([517, 514, 516, 518] + [0] * 73, 4)
     assert tokenizer.encode("duck " * 100, context=8) == ([517, *[514] * 6, 518], 8)
     assert tokenizer.encode("", 5) == ([517, 518, 0, 0, 0], 2)
-    names = tokenizer.names()
-    assert tokenizer.encode("duc", 5)[0][1:3] == [names["du"], names["c</w>"]]
     assert CLIPTokenizer([(f"x{i}", "y") for i in range(50000)]).end == 49407  # no more merges than CLIP's
 
 
@@ -129,17 +96,6 @@ def test_texts_are_checked(model):
             CLIPTokenizer(MERGES).encode(text, context)
 
 
-WORDS = {
-    "it's 123x²": ["it", "'s", "1", "2", "3", "x", "²"],
-    "a_b__c": ["a", "_", "b", "__", "c"],
-    "we've 'x' i'm!?": ["we", "'ve", "'", "x", "'", "i", "'m", "!?"],
-    "東京🎨🎨 ½Ⅷ": ["東京", "🎨🎨", "½", "Ⅷ"],
-    "a\u0301\u0301b \t ": ["a", "\u0301\u0301", "b"],
-    "<|endoftext|>a": ["<|endoftext|>", "a"],
-}
-
-
-def test_clip_words_and_cleaning():
-    assert {text: words(text) for text in WORDS} == WORDS
+def test_clip_cleaning():
     assert clean("  A\n\tDUCK&amp;amp;co ") == "a duck&co"
     assert clean("don’t “x” e\u0301") == 'don\'t "x" é'
