@@ -1,11 +1,9 @@
 """The loop's seams: examples/own_rules.py, each rule by a property, and the loop alone."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
+from examples import own_rules as rules
 from mtl_anagram.errors import InputError
 from mtl_anagram.sampling import (
     DDIM,
@@ -17,12 +15,8 @@ from mtl_anagram.sampling import (
     sample,
     sample_stage1,
 )
-from tests.unit.test_sampling_stages import VIEWS, Network, generators, score, stage1, texts, zeros
+from tests.unit.test_sampling_stages import VIEWS, Gaussian, Network, generators, score, stage1, texts
 
-ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("own_rules", ROOT / "examples/own_rules.py")
-rules = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(rules)
 PLAIN = Recipe.plain(num_inference_steps=4)
 SCHEDULE = Schedule.stage_1(4)
 
@@ -81,35 +75,24 @@ def test_deterministic_solvers_draw_nothing_and_a_recipe_names_them(name, kind):
     assert not torch.allclose(last.x, plain()[-1].x[:1], atol=1e-3)
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm_solver_2m"])
-@pytest.mark.parametrize("mean, std", [(0.15, 0.2)])
-def test_solvers_reach_a_known_distribution(solver, mean, std):
-    """A Gaussian whose score is known: every solver carries unit noise to its mean and spread."""
-    steps = 200
-    schedule = Schedule.stage_1(steps)
-
-    def unet(x, t, text):
-        a = schedule.alphas_cumprod[t]
-        noise = (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std**2 + 1 - a)
-        return torch.cat([noise, torch.zeros_like(noise)], dim=1)
-
-    recipe = Recipe.plain(num_inference_steps=steps, solver=solver)
+@pytest.mark.parametrize("solver", ["ddim", "dpm_solver_2m"])
+def test_solvers_reach_a_known_distribution(solver):
+    """A Gaussian whose score is known: they carry unit noise to its mean and spread, as ddpm does elsewhere."""
+    mean, std, steps = 0.15, 0.2, 200
+    recipe, unet = Recipe.plain(num_inference_steps=steps, solver=solver), Gaussian(steps, mean, std)
     *_, last = stage1((0, 1, 2, 3), unet=unet, spans=None, recipe=recipe, size=32)
     assert abs(last.x.mean().item() - mean) < 0.01
-    assert abs(last.x.std().item() / std - 1) < (0.1 if solver == "ddpm" else 0.02)
+    assert abs(last.x.std().item() / std - 1) < 0.02
 
 
 def test_the_loop_alone_on_any_shape_and_number_of_channels():
     """One channel, one dimension: a picture is whatever the callables make of x."""
 
-    def predict(x, t):
-        return Prediction(x[:, None], x[:, None] * 0.5)
-
     states = list(
         sample(
             torch.ones(2, 1, 8),
             [2, 1, 0],
-            predict,
+            lambda x, t: Prediction(x[:, None], x[:, None] * 0.5),
             lambda prediction, index, t: Combined(prediction.noise.sum(1)),
             lambda combined, x, t, t_next: x - combined.noise,
             after=lambda x, index, t_next: (x + (t_next < 0), torch.full((2,), float(index))),
@@ -126,7 +109,7 @@ def test_negative_prompts_and_no_guidance():
     (text, null), unet = texts(), Network()
     negatives = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(3))
     same = list(stage1((0,), text=(text, null.expand(2, -1, -1)), spans=None, recipe=PLAIN))
-    assert torch.equal(same[-1].x, plain()[-1].x[:1]) or torch.allclose(same[-1].x, plain()[-1].x[:1])
+    assert torch.allclose(same[-1].x, plain()[-1].x[:1])
     other = list(stage1((0,), text=(text, negatives), spans=None, recipe=PLAIN))
     assert not torch.allclose(other[-1].x, same[-1].x)
     recipe = Recipe.plain(num_inference_steps=4, guidance_scale=1)
@@ -157,8 +140,6 @@ def test_components_add_up():
     whole = list(stage1((0,), views=[Half(1.0)], text=(text, null), spans=None, recipe=recipe))
     parts = list(stage1((0,), views=[Half(0.25), Half(0.75)], text=both, spans=None, recipe=recipe))
     assert torch.allclose(whole[-1].x, parts[-1].x, atol=1e-5)
-    with pytest.raises(InputError):
-        stage1((0,), views=[Half(1.0), VIEWS[0]], unet=zeros)
 
 
 @pytest.mark.parametrize(

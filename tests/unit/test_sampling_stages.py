@@ -1,4 +1,4 @@
-"""The loops of both stages on toy networks: order of draws and rows, batches, a known score, errors."""
+"""The loops of both stages on toy networks: order of rows, batches, a known score, errors; draws are parity's."""
 
 import math
 
@@ -7,24 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from mtl_anagram.errors import InputError
-from mtl_anagram.sampling import Recipe, Schedule, ddpm_step, noise_fit, sample_stage1, sample_stage2
+from mtl_anagram.sampling import Recipe, Schedule, noise_fit, sample_stage1, sample_stage2
+from mtl_anagram.views import get_views
 
 TOKENS, WIDTH = 5, 4
-
-
-class Flip:
-    """A toy view: upside down, or as it is."""
-
-    def __init__(self, on):
-        self.on = on
-
-    def view(self, x):
-        return x.flip(-2) if self.on else x
-
-    inverse_view = inverse_map = view
-
-
-VIEWS = [Flip(False), Flip(True)]
+VIEWS = get_views(["identity", "flip"])
 
 
 class Network(torch.nn.Module):
@@ -138,43 +125,8 @@ def test_rows_times_and_maps_as_documented():
     assert unet.calls == [((8, 6, 64, 64), t, torch.float32, 7) for t in (666, 333, 0)]
 
 
-# Random draws
-
-
 def zeros(x, t, text, class_labels=None):
     return x.new_zeros(len(x), 6, *x.shape[-2:])
-
-
-def test_draws_of_stage_2_in_order_and_where_stage_1_stopped():
-    """Initial noise, noise on the enlarged picture, one per step; a generator goes on where it stopped."""
-    seen = []
-
-    def unet(x, t, text, class_labels=None):
-        seen.append(x)
-        return zeros(x, t, text)
-
-    low_res = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    draws, schedule = torch.Generator().manual_seed(9), Schedule.stage_2(3)
-    torch.randn(3, 64, 64, generator=draws)
-    used = torch.Generator().manual_seed(9)
-    torch.randn(3, 64, 64, generator=used)
-    text, null = texts()
-    run = sample_stage2(
-        unet, low_res, text, null, VIEWS, score=None, generators=[used],
-        recipe=Recipe.released(num_inference_steps=3), size=128,
-    )  # fmt: skip
-    x = torch.randn(3, 128, 128, generator=draws)[None]
-    large = F.interpolate(low_res, (128, 128), mode="bilinear", align_corners=True)
-    alpha = 0.9917247
-    condition = math.sqrt(alpha) * large + math.sqrt(1 - alpha) * torch.randn(3, 128, 128, generator=draws)
-    for state in run:
-        assert torch.equal(seen[-1][0, :3], x[0])
-        assert torch.equal(seen[-1][1, :3], x[0].flip(-2))
-        assert torch.allclose(seen[-1][0, 3:], condition[0], atol=1e-5)
-        assert torch.allclose(seen[-1][1, 3:], condition[0].flip(-2), atol=1e-5)
-        z = None if state.index == 2 else torch.randn(3, 128, 128, generator=draws)[None]
-        x = ddpm_step(torch.zeros_like(x), torch.zeros_like(x), x, state.timestep, schedule, z)
-        assert torch.equal(state.x, x)
 
 
 # Batches, and what is left alone
@@ -256,8 +208,8 @@ def test_what_the_scorer_sees(size):
 class Gaussian:
     """The exact network of pixels that are independently N(mean, std^2): noise, and the reverse variance."""
 
-    def __init__(self, schedule, mean, std):
-        self.schedule, self.mean, self.power = schedule, mean, std**2
+    def __init__(self, steps, mean, std):
+        self.schedule, self.mean, self.power = Schedule.stage_1(steps), mean, std**2
 
     def __call__(self, x, t, text, class_labels=None):
         a = self.schedule.alphas_cumprod[t].item()
@@ -280,7 +232,7 @@ class Gaussian:
 def test_pictures_of_a_known_score_have_its_mean_and_spread(recipe, steps):
     """Exact score and variance: a few steps sample it as well as many (fewer start where it is not noise)."""
     mean, std = 0.15, 0.2
-    unet = Gaussian(Schedule.stage_1(steps), mean, std)
+    unet = Gaussian(steps, mean, std)
     *_, last = stage1((0, 1, 2, 3), unet=unet, spans=None, recipe=recipe(num_inference_steps=steps))
     assert abs(last.x.mean().item() - mean) < 0.005  # 5 standard errors of 49152 values
     assert abs(last.x.std().item() / std - 1) < 0.02
