@@ -3,7 +3,6 @@
 import json
 import random
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +11,11 @@ from mtl_anagram.errors import InputError
 from mtl_anagram.views import VIEW_NAMES, IndexView, PermutationView, get_views, view_from_metadata
 from mtl_anagram.views.base import pixel_numbers
 from mtl_anagram.views.pixels import drawn_permutation
+from tests import readme
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-OWN = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "class Blinds" in block)
-exec(OWN, readme := {"__name__": "readme_of_views"})
-Blinds = readme["Blinds"]
+OWN = next(block for block in readme.python_blocks() if "class Blinds" in block)
+exec(OWN, page := {"__name__": "readme_of_views"})
+Blinds = page["Blinds"]
 
 
 def picture(size: int = 64) -> torch.Tensor:
