@@ -92,27 +92,22 @@ def test_parts_can_be_left_out(cascade_folder, tmp_path, monkeypatch):
             _ = bare.unet_2
 
 
-def test_variants_in_cascade_json(tmp_path):
-    folder = tiny.write_cascade(tmp_path / "own")
-    (folder / "cascade.json").write_text('{"name": "own", "variants": {"stage_1": "fp16", "stage_2": null}}')
-    expected = {"stage_1": "fp16", "stage_2": None, "stage_3": None, "noise_clip": None}
-    assert make(folder).variants == expected
-    assert make(folder, variant="fp32").variants["stage_1"] is None
-    (folder / "cascade.json").write_text('{"name": "own", "variants": {"stage_1": 16}}')
-    with pytest.raises(ConfigError, match="cascade.json: variants.stage_1=16"):
-        make(folder)
-
-
 def test_what_a_folder_says_of_itself(tmp_path):
     folder = tiny.write_cascade(tmp_path / "own")
     about = {"name": "own", "recipe": {"horizon": 7}, "concepts": ["duck"], "styles": ["a sketch of"]}
+    about["variants"] = {"stage_1": "fp16", "stage_2": None}
     (folder / "cascade.json").write_text(json.dumps(about))
+    expected = {"stage_1": "fp16", "stage_2": None, "stage_3": None, "noise_clip": None}
+    assert make(folder).variants == expected
+    assert make(folder, variant="fp32").variants["stage_1"] is None
     found = find_parts(folder)
     assert (found.name, found.recipe) == ("own", {"horizon": 7})
     assert (found.concepts, found.clip_concepts, found.styles) == (("duck",), (), ("a sketch of",))
-    for field, value in {"name": 3, "recipe": [], "concepts": "duck", "styles": [1]}.items():
+    wrong = {"name": 3, "recipe": [], "concepts": "duck", "styles": [1], "variants": {"stage_1": 16}}
+    for field, value in wrong.items():
         (folder / "cascade.json").write_text(json.dumps({**about, field: value}))
-        with pytest.raises(ConfigError, match=f"cascade.json: {field}"):
+        said = "variants.stage_1=16" if field == "variants" else field
+        with pytest.raises(ConfigError, match=f"cascade.json: {said}"):
             find_parts(folder)
     (folder / "cascade.json").unlink()
     assert find_parts(folder).name == "own"
