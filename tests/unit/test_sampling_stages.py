@@ -78,12 +78,12 @@ def stage1(seeds=(0,), *, unet=None, text=None, views=VIEWS, spans=SPANS, recipe
     )  # fmt: skip
 
 
-def stage2(low_res, seeds=(0,), *, unet=None, text=None, recipe=None, size=128, **more):
+def stage2(low_res, seeds=(0,), *, unet=None, text=None, recipe=None, size=128, scorer=score, **more):
     text, null = texts() if text is None else text
     recipe = Recipe.released(num_inference_steps=3) if recipe is None else recipe
     return sample_stage2(
         Network(6) if unet is None else unet, low_res, text, null, VIEWS,
-        score=score, generators=generators(*seeds), recipe=recipe, size=size, **more,
+        score=scorer, generators=generators(*seeds), recipe=recipe, size=size, **more,
     )  # fmt: skip
 
 
@@ -186,14 +186,8 @@ def test_what_the_scorer_sees(size):
         seen.append((pictures, t))
         return torch.full(pictures.shape[:2], 0.5)
 
-    text, null = texts()
     for recipe in (Recipe.released(num_inference_steps=1), Recipe.corrected(num_inference_steps=1)):
-        list(
-            sample_stage2(
-                unet, torch.zeros(1, 3, 64, 64) - 1, text, null, VIEWS, score=watch,
-                generators=generators(0), recipe=recipe, size=size,
-            )
-        )  # fmt: skip
+        list(stage2(torch.zeros(1, 3, 64, 64) - 1, unet=unet, scorer=watch, recipe=recipe, size=size))
     x = rows[0][:2, :3][None]
     small = x if size == 64 else x.unflatten(-2, (64, 2)).unflatten(-1, (64, 2)).mean(dim=(-3, -1))
     assert seen[0][1] == 0
@@ -313,26 +307,14 @@ def test_what_maps_are_asked_for_is_said_once_a_run():
     """A context that knows its columns, as a UNet's does, is asked once, and the maps get its answer."""
     asked = []
 
-    class Words:
-        def __init__(self, rows):
-            self.rows = rows
-
-        def __getitem__(self, rows):
-            return Words(self.rows[rows])
-
+    class Words(torch.Tensor):
         def columns(self, spans):
             asked.append(tuple(spans))
             return spans
 
     class Prepared(Network):
         def prepare(self, text):
-            return Words(super().prepare(text))
-
-        def forward(self, x, t, text, class_labels=None):
-            return super().forward(x, t, text.rows, class_labels)
-
-        def text_maps(self, x, t, text, spans, **more):
-            return super().text_maps(x, t, text.rows, spans, **more)
+            return super().prepare(text).as_subclass(Words)
 
     unet, plainly = Prepared(), Network()
     states, expected = list(stage1(unet=unet)), list(stage1(unet=plainly))
