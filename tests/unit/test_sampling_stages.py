@@ -69,22 +69,16 @@ def score(pictures, t):
 SPANS = [(0, 2), (1, 2)]
 
 
-def stage1(seeds=(0,), *, unet=None, text=None, views=VIEWS, spans=SPANS, recipe=None, scorer=score, **more):
-    text, null = texts(len(views)) if text is None else text
-    recipe = Recipe.released(num_inference_steps=4) if recipe is None else recipe
-    return sample_stage1(
-        Network() if unet is None else unet, text, null, views,
-        score=scorer, spans=spans, generators=generators(*seeds), recipe=recipe, **more,
-    )  # fmt: skip
+def stage1(seeds=(0,), *, unet=None, text=None, views=VIEWS, spans=SPANS, scorer=score, **more):
+    more = {"recipe": Recipe.released(num_inference_steps=4), **more}
+    network, states, own = unet or Network(), text or texts(len(views)), generators(*seeds)
+    return sample_stage1(network, *states, views, score=scorer, spans=spans, generators=own, **more)
 
 
-def stage2(low_res, seeds=(0,), *, unet=None, text=None, recipe=None, size=128, scorer=score, **more):
-    text, null = texts() if text is None else text
-    recipe = Recipe.released(num_inference_steps=3) if recipe is None else recipe
-    return sample_stage2(
-        Network(6) if unet is None else unet, low_res, text, null, VIEWS,
-        score=scorer, generators=generators(*seeds), recipe=recipe, size=size, **more,
-    )  # fmt: skip
+def stage2(low_res, seeds=(0,), *, unet=None, text=None, views=VIEWS, scorer=score, **more):
+    more = {"recipe": Recipe.released(num_inference_steps=3), "size": 128, **more}
+    network, states, own = unet or Network(6), text or texts(len(views)), generators(*seeds)
+    return sample_stage2(network, low_res, *states, views, score=scorer, generators=own, **more)
 
 
 # What a run looks like
@@ -335,10 +329,8 @@ def test_the_noise_fit_tells_how_strong_noise_is(strength):
 
 def test_the_noise_fit_takes_out_what_a_network_of_fixed_strength_leaves():
     """It sees exactly which noise is there, but says 0.9 of unit power whatever its strength."""
-    schedule, low = (
-        Schedule.stage_2(10),
-        F.interpolate(torch.rand(1, 3, 4, 4) - 0.5, (16, 16), mode="bilinear"),
-    )
+    schedule = Schedule.stage_2(10)
+    low = F.interpolate(torch.rand(1, 3, 4, 4) - 0.5, (16, 16), mode="bilinear")
     large = F.interpolate(low, (64, 64), mode="bilinear", align_corners=True)
 
     def network(x, t, text, class_labels):
@@ -346,9 +338,11 @@ def test_the_noise_fit_takes_out_what_a_network_of_fixed_strength_leaves():
         return torch.cat([0.9 * noise / noise.square().mean().sqrt(), torch.zeros_like(noise)], dim=1)
 
     def left(**changes):
-        recipe = Recipe.plain(num_inference_steps=10, guidance_scale=1, **changes)
-        given = {"score": None, "generators": generators(3), "recipe": recipe, "noise_level": 0, "size": 64}
-        *_, last = sample_stage2(network, low, *texts(1), VIEWS[:1], **given)
+        given = {
+            "recipe": Recipe.plain(num_inference_steps=10, guidance_scale=1, **changes),
+            "noise_level": 0,
+        }
+        *_, last = stage2(low, (3,), unet=network, views=VIEWS[:1], scorer=None, size=64, **given)
         return (last.x - large).square().mean().sqrt().item()
 
     assert left(stage_2_noise_fit=True) < 0.1 * left()
