@@ -135,6 +135,8 @@ def test_components_add_up():
     whole = list(stage1((0,), views=[Half(1.0)], text=(text, null), spans=None, recipe=recipe))
     parts = list(stage1((0,), views=[Half(0.25), Half(0.75)], text=both, spans=None, recipe=recipe))
     assert torch.allclose(whole[-1].x, parts[-1].x, atol=1e-5)
+    with pytest.raises(InputError, match="components.*give one kind"):
+        stage1((0,), views=[VIEWS[0], Half(1.0)])
 
 
 @pytest.mark.parametrize(
