@@ -213,6 +213,8 @@ class _Run(Run):
         self.sides = self.size if isinstance(self.size, tuple) else (self.size, self.size)
         for side in self.sides:
             whole_number("size", side, 1)
+        if len(self.sides) != 2:
+            raise InputError(f"size={self.size!r} must be one side, or (height, width)")
         checked_views(self.views, self.sides)
         self.text = checked_text("text", self.text, self.count, len(self.views))
         null = checked_text("null", self.null, self.count, len(self.views), self.text.shape[2:])

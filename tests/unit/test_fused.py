@@ -41,7 +41,7 @@ def backend(request, monkeypatch):
     if request.param == "triton":
         pytest.importorskip("triton")
         if torch.cuda.is_available():
-            pytest.skip("tests/unit/test_devices.py runs the kernels themselves")
+            pytest.skip("tests/slow/test_gpu.py runs the kernels themselves")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     return request.param
 

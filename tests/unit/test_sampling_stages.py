@@ -252,6 +252,7 @@ TEXT, NULL = texts()
         *({"spans": [(0, 1)]}, {"spans": [(0, 1), (1, TOKENS + 1)]}, {"spans": [[(0, 1), (1, 2)]] * 2}),
         *({"generators": torch.Generator()}, {"generators": [torch.Generator()] * 2}, {"recipe": None}),
         {"size": 64.0},
+        {"size": (64,)},
         *({"schedule": Schedule.stage_1(29)}, {"unet": lambda x, t, text: x}),  # the last has no text_maps
     ],
 )
