@@ -2,8 +2,8 @@
 
     python docs/pictures.py [NAME ...] [--out FOLDER] [--steps N]
 
-On one core four minutes, and sheet.png about 35 more (600 samples, kept in output/sheet: an interrupted sheet goes
-on). `--out FOLDER --steps 2` rehearses all. anagram.png follows README's first command, illusions.png the table of
+On one core four minutes, and sheet.png about fifteen more (kept in output/sheet: an interrupted sheet goes on).
+`--out FOLDER --steps 2` rehearses all. anagram.png follows README's first command, illusions.png the table of
 illusions.md. `choices`, which must be named, shows both with seeds 0 to 7, to choose by eye.
 """
 
@@ -124,8 +124,8 @@ def choices() -> None:
 
 
 def sheet() -> None:
-    quick = ["--pair-count", 2, "--seeds", 1, "--steps", options.steps] if options.steps else []
-    example("sheet.py", options.out / "sheet.png", "--folder", "output/sheet", *quick)
+    quick = ["--count", 2, "--seeds", 1] if options.steps else []
+    example("sheet.py", options.out / "sheet.png", *quick)
 
 
 def attention() -> None:

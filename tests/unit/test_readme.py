@@ -21,7 +21,7 @@ EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 
 def run_example(path, monkeypatch, capsys):
     """An example's printed pictures, made with two steps."""
-    quick = ["--pair-count", "1", "--seeds", "1", "--steps", "2"] if path.stem == "sheet" else []
+    quick = ["--count", "1", "--seeds", "1"] if path.stem == "sheet" else []
     monkeypatch.setattr(sys, "argv", [str(path), *quick])
     code, names = readme.quick_python(path.read_text(encoding="utf-8")), {"__name__": "__main__"}
     exec(compile(code, str(path), "exec"), names | {"__doc__": ast.get_docstring(ast.parse(code))})
