@@ -89,8 +89,6 @@ def names_of(part: str) -> Iterator[tuple[str, Any]]:
         yield from ((name, getattr(module, name)) for name in sorted(module.__all__))
         return
     for path in sorted(Path(str(module.__file__)).parent.glob("[!_]*.py")):
-        if path.stem == "command":  # options, which --help tells
-            continue
         inner = importlib.import_module(f"{part}.{path.stem}")
         for name, value in vars(inner).items():
             ours = getattr(value, "__module__", "") == inner.__name__ and not name.startswith("_")

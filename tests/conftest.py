@@ -1,6 +1,7 @@
 """For all tests: threads that wait without spinning, and a tiny cascade, written and loaded once."""
 
 import os
+import shutil
 
 # Read when torch loads its OpenMP library: a spinning thread holds up the others where cores are busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,8 +27,14 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def cascade_folder(tmp_path_factory):
-    """The tiny cascade's folder; tests that change files make their own."""
+    """The tiny cascade's folder; tests that change files take own_folder."""
     return write_cascade(tmp_path_factory.mktemp("cascade"))
+
+
+@pytest.fixture
+def own_folder(cascade_folder, tmp_path):
+    """A copy of the tiny cascade whose files a test may change."""
+    return shutil.copytree(cascade_folder, tmp_path / "own")
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,10 @@ def facts(*modules: torch.nn.Module) -> tuple[int, int, str]:
     return len(shapes), count, hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def published(name: str) -> Path:
     """A file of the published tokenizers, which the repository does not hold; skips the test where it is not here.
 

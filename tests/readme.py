@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,8 +50,8 @@ def quick_command(words: list[str]) -> list[str]:
     return [*words, *QUICK.get(words[0], []), *best, *([] if "--quiet" in words else ["--quiet"])]
 
 
-def write_glide(folder: Path) -> None:
-    """Small random towers as GLIDE's are published: pickled, and CLIP's merges beside them."""
+def write_glide(folder: Path) -> dict[str, Any]:
+    """Small random towers as GLIDE's are published: pickled, and CLIP's merges beside them. Returns their states."""
     import torch
 
     from mtl_anagram.models.noise_clip import ImageEncoder, TextEncoder
@@ -58,10 +59,12 @@ def write_glide(folder: Path) -> None:
     torch.manual_seed(0)
     image = ImageEncoder(image_size=64, patch_size=16, width=64, layers=1, embedding=16)
     text = TextEncoder(vocab=512 + 1 + 2, width=64, layers=1, embedding=16)
-    folder.mkdir(parents=True)
-    for name, tower in (("clip_image_enc", image), ("clip_text_enc", text)):
-        torch.save(tower.state_dict(), folder / f"{name}.pt")
+    folder.mkdir(parents=True, exist_ok=True)
+    states = {"clip_image_enc": image.state_dict(), "clip_text_enc": text.state_dict()}
+    for name, state in states.items():
+        torch.save(state, folder / f"{name}.pt")
     (folder / "merges.txt").write_text("#version: 0.2\nd u\n")
+    return states
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["mtl_anagram.__main__", "mtl_anagram.evaluation.protocol", "tests.unit.tiny"])
 
 
-def until(true, seconds=60.0):
-    end = time.monotonic() + seconds
+def until(true):
+    end = time.monotonic() + 60
     while not true():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -26,9 +26,9 @@ def start(work, *arguments, **options):
     return process
 
 
-def status(process, seconds=120.0):
+def status(process):
     """A process's exit status, once it has ended."""
-    process.join(seconds)
+    process.join(120)
     assert process.exitcode is not None
     return process.exitcode
 

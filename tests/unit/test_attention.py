@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mtl_anagram.models.attention import attention_with_columns, multi_head, sinusoids, split
+from mtl_anagram.models.attention import multi_head, sinusoids, split
 from tests.helpers import relative
 
 ROWS, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 5, 7, 4
@@ -57,33 +57,6 @@ def test_attention_equals_the_slow_one(mask, scale):
 def test_causal():
     q, k, v = inputs(keys=QUERIES)
     assert relative(attention(q, k, v, causal=True), slow(q, k, v, causal=True)[0]) < 1e-12
-
-
-def test_columns_are_those_of_the_softmax_over_all_keys():
-    q, k, v = inputs()
-    columns = torch.zeros(2, 5, 3)  # of the first 5 keys
-    columns[0, [2, 3], [0, 1]] = 1  # row 0 asks for two
-    columns[1, [0, 1, 2], [0, 1, 2]] = 1
-    output, chosen = attention_with_columns(q, k, v, columns)
-    expected, probabilities = slow(q, k, v)
-    assert relative(output, expected) < 1e-6  # its softmax is in float32
-    assert chosen.dtype == torch.float32
-    assert relative(chosen[0, ..., :2].double(), probabilities[0, ..., 2:4]) < 1e-6
-    assert not chosen[0, ..., 2].any()
-    assert relative(chosen[1].double(), probabilities[1, ..., :3]) < 1e-6
-    assert relative(output, attention(q, k, v)) < 1e-6
-
-
-def test_columns_are_differentiable():
-    q, k, v = (x.float().requires_grad_() for x in inputs())
-    columns = torch.zeros(2, 5, 1)
-    columns[0, 1] = columns[1, 4] = 1
-    chosen = attention_with_columns(q, k, v, columns)[1]
-    mine = torch.autograd.grad(chosen.square().sum(), (q, k))
-    probabilities = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(WIDTH), -1)
-    wanted = probabilities[0, ..., 1].square().sum() + probabilities[1, ..., 4].square().sum()
-    for gradient, expected in zip(mine, torch.autograd.grad(wanted, (q, k)), strict=True):
-        assert relative(gradient, expected) < 1e-5
 
 
 def test_sinusoids_are_cosines_then_sines_of_falling_frequency():

@@ -20,7 +20,6 @@ from mtl_anagram.files.claims import Claims
 from tests.unit.processes import on_tiny, start, status, until
 from tests.unit.tiny_requests import files, never, pixels
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"size": 8, "stop_after": 8, "num_inference_steps": 2}
 DUCK = {"prompts": ["a duck", "a rabbit"], "views": ["identity", "flip"]}
 CAT = {"prompts": ["a cat", "a [sea] view"], "views": ["rotate_180", "negate"]}
@@ -39,8 +38,8 @@ def manifest(folder):
 
 
 def made_by(folder):
-    """What a batch made: its files, without locks."""
-    return {name: content for name, content in files(folder).items() if not name.startswith(".batch/")}
+    """A batch's pictures and its manifest."""
+    return {name: data for name, data in files(folder).items() if name.endswith((".png", "manifest.jsonl"))}
 
 
 @pytest.fixture
@@ -56,11 +55,6 @@ def small(cascade, tmp_path):
 def in_a_child(cascade_folder):
     """batch(...) with the tiny cascade in a process that can be killed."""
     return partial(start, on_tiny, batch, cascade_folder)
-
-
-def pictures_of(content):
-    """A batch's pictures and its manifest."""
-    return {name: data for name, data in content.items() if name.endswith((".png", "manifest.jsonl"))}
 
 
 def test_requests_share_batches_and_each_is_what_it_would_be_alone(cascade, tmp_path, monkeypatch):
@@ -86,10 +80,10 @@ def test_requests_share_batches_and_each_is_what_it_would_be_alone(cascade, tmp_
                 assert (pixels(content) - pixels(other)).abs().max() <= 1
             else:
                 assert json.loads(content)["request"] == json.loads(other)["request"]
-    before = made_by(tmp_path / "out")
+    before = files(tmp_path / "out")
     monkeypatch.setattr(Cascade, "encode", never)
     assert batch(path, tmp_path / "out", model=cascade) == lines  # nothing is left to be done
-    assert made_by(tmp_path / "out") == before
+    assert files(tmp_path / "out") == before
 
 
 BAD = [
@@ -155,7 +149,7 @@ def test_fifty_kills(cascade, in_a_child, small, tmp_path):
                 shutil.rmtree(out)
         assert time.monotonic() - began < 300
     batch(path, out, model=cascade, batch_size=3)
-    assert pictures_of(made_by(out)) == pictures_of(undisturbed)
+    assert made_by(out) == undisturbed
     assert not [name for name in files(out) if name.endswith((".part", ".begun"))]
 
 
@@ -165,7 +159,7 @@ def test_two_runs_into_one_folder_and_one_that_is_killed(in_a_child, small, tmp_
     time.sleep(0.3)
     children[0].kill()
     assert [status(child) for child in children][1:] == [0, 0]
-    assert pictures_of(made_by(out)) == pictures_of(undisturbed)
+    assert made_by(out) == undisturbed
 
 
 def test_damage_is_found_said_and_made_again(cascade, small, tmp_path, caplog):
@@ -176,7 +170,7 @@ def test_damage_is_found_said_and_made_again(cascade, small, tmp_path, caplog):
     batch(path, out, model=cascade, batch_size=3)
     assert "number 3/0003" in caplog.text
     assert "number 4/0005" in caplog.text
-    assert pictures_of(made_by(out)) == pictures_of(undisturbed)
+    assert made_by(out) == undisturbed
 
 
 def full():
@@ -190,14 +184,14 @@ def test_a_full_disk_and_a_read_only_folder_lose_nothing(cascade, in_a_child, sm
     assert status(in_a_child(path, out, batch_size=3, before=full)) == 1
     assert not [name for name in files(out) if name.endswith(".part")]
     batch(path, out, model=cascade, batch_size=3)
-    assert pictures_of(made_by(out)) == pictures_of(undisturbed)
+    assert made_by(out) == undisturbed
     (tmp_path / "file").touch()
     with pytest.raises(SourceError, match="is a file"):
         batch(path, tmp_path / "file" / "out", model=cascade)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(SourceError, match="cannot be written to"):
         batch(path, out, model=cascade)
-    assert pictures_of(made_by(out)) == pictures_of(undisturbed)
+    assert made_by(out) == undisturbed
 
 
 def deadly(restart):
@@ -248,7 +242,7 @@ def test_a_schedulers_notice(cascade_folder, cascade, small, tmp_path):
         assert process.wait(10) == 143
     assert not [name for name in files(out) if name.endswith((".part", ".begun"))]
     batch(path, out, model=cascade, batch_size=3)
-    assert pictures_of(made_by(out)) == pictures_of(undisturbed)
+    assert made_by(out) == undisturbed
 
 
 def test_torchrun(cascade_folder, small, tmp_path):
@@ -258,7 +252,7 @@ def test_torchrun(cascade_folder, small, tmp_path):
     command += ["-m", "mtl_anagram", "batch", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"]
     command += ["--model", str(cascade_folder), "--batch-size", "3"]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert pictures_of(made_by(tmp_path / "out")) == pictures_of(undisturbed)
+    assert made_by(tmp_path / "out") == undisturbed
 
 
 def test_a_picture_with_another_requests_folder_is_refused_before_any_work(cascade, tmp_path, monkeypatch):

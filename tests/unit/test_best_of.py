@@ -14,16 +14,16 @@ from mtl_anagram.evaluation.best_of import best_of, embed_finished
 from mtl_anagram.evaluation.gallery import find_made
 from mtl_anagram.evaluation.metrics import anagram_score
 from mtl_anagram.files.images import read_picture
-from tests.unit.tiny import write_cascade
 
 PROMPTS, VIEWS = ["a duck", "a [rabbit]"], ["identity", "rotate_180"]
 QUICK = Recipe.plain(num_inference_steps=1)
 
 
-def test_the_highest_score_goes_through_all_stages(cascade, one_thread, tmp_path) -> None:
-    best, candidates = best_of(
-        3, "a sketch of", PROMPTS, VIEWS, tmp_path, seed=5, model=cascade, recipe=QUICK
-    )
+def test_the_highest_score_goes_through_all_stages(cascade, tmp_path) -> None:
+    request, rows = {"seed": 5, "model": cascade, "recipe": QUICK}, []
+    with cascade.unet_1.register_forward_hook(lambda unet, given, output: rows.append(len(given[0]))):
+        best, candidates = best_of(3, "a sketch of", PROMPTS, VIEWS, tmp_path, **request)
+    assert sum(rows) == 3 * 1 * 2 * 2  # stage I once: candidates, step, views, with and without text
     assert sorted(c.anagram.seed for c in candidates) == [5, 6, 7]
     assert [c.score for c in candidates] == sorted((c.score for c in candidates), reverse=True)
     assert best.seed == candidates[0].anagram.seed
@@ -41,20 +41,13 @@ def test_the_highest_score_goes_through_all_stages(cascade, one_thread, tmp_path
     assert candidates[0].score == pytest.approx(
         anagram_score((embed_finished(clip, seen) @ texts.T)[None]).item(), abs=1e-5
     )
-    again, same = best_of(3, "a sketch of", PROMPTS, VIEWS, tmp_path, seed=5, model=cascade, recipe=QUICK)
+    again, same = best_of(3, "a sketch of", PROMPTS, VIEWS, tmp_path, **request)
     assert again.skipped
     assert all(c.anagram.skipped for c in same)
     alone = generate_anagram(
         "a sketch of", PROMPTS, VIEWS, tmp_path / "alone", seed=best.seed, model=cascade, recipe=QUICK
     )
     assert alone[0].pictures[256].read_bytes() == best.pictures[256].read_bytes()
-
-
-def test_stage_one_of_the_best_is_sampled_once(cascade, tmp_path) -> None:
-    rows = []
-    with cascade.unet_1.register_forward_hook(lambda unet, given, output: rows.append(len(given[0]))):
-        best_of(3, "a sketch of", PROMPTS, VIEWS, tmp_path, seed=5, model=cascade, recipe=QUICK)
-    assert sum(rows) == 3 * 1 * 2 * 2  # candidates, step, views, with and without text
 
 
 def test_finished_pictures_are_looked_at_more_than_once(cascade) -> None:
@@ -87,7 +80,7 @@ def test_bad_requests_are_refused(cascade, cascade_folder, tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_shows_the_scores(cascade_folder, one_thread, tmp_path, capsys) -> None:
+def test_the_command_shows_the_scores(cascade_folder, tmp_path, capsys) -> None:
     words = ["generate", *PROMPTS, "--views", *VIEWS, "--best-of", "2", "--steps", "1", "--device", "cpu"]
     words += ["--model", str(cascade_folder), "--out", str(tmp_path), "--quiet", "--stop-after", "64"]
     assert main(words) == 0
@@ -97,12 +90,10 @@ def test_the_command_shows_the_scores(cascade_folder, one_thread, tmp_path, caps
 
 
 @pytest.mark.filterwarnings("ignore::mtl_anagram.PromptWarning")  # of the first call
-def test_what_the_cascade_has_learnt_stands_against_the_readings(one_thread, tmp_path) -> None:
-    folder = write_cascade(tmp_path / "cascade", stage_2=False)
-    index = folder / "cascade.json"
-    about = json.loads(index.read_text())
-    index.write_text(json.dumps({**about, "concepts": ["duck", "cat", "house"]}))
-    model = Cascade.from_pretrained(folder, device="cpu")
+def test_what_the_cascade_has_learnt_stands_against_the_readings(own_folder, tmp_path) -> None:
+    index = own_folder / "cascade.json"
+    index.write_text(json.dumps({"name": "tiny", "concepts": ["duck", "cat", "house"]}))
+    model = Cascade.from_pretrained(own_folder, stage_2="none", device="cpu")
     _, candidates = best_of(1, "a sketch of", PROMPTS, VIEWS, tmp_path / "out", model=model, recipe=QUICK)
     clip = model.noise_clip
     picture = read_picture(candidates[0].anagram.pictures[64])
@@ -111,8 +102,10 @@ def test_what_the_cascade_has_learnt_stands_against_the_readings(one_thread, tmp
     cosines = embed_finished(clip, seen) @ clip.embed_text([f"a sketch of {word}" for word in words]).T
     log_p = (cosines / 0.05).log_softmax(1)
     assert candidates[0].score == pytest.approx(min(log_p[0, 0], log_p[1, 1]).item(), abs=1e-4)
-    index.write_text(json.dumps({**about, "concepts": ["duck"], "clip_concepts": ["duck", "cat", "house"]}))
-    wider = Cascade.from_pretrained(folder, device="cpu")
+    index.write_text(
+        json.dumps({"name": "tiny", "concepts": ["duck"], "clip_concepts": ["duck", "cat", "house"]})
+    )
+    wider = Cascade.from_pretrained(own_folder, stage_2="none", device="cpu")
     assert wider.clip_concepts == model.clip_concepts == model.concepts
     with pytest.warns(PromptWarning, match="'a sketch of a rabbit': tiny has not learnt") as seen:
         _, same = best_of(1, "a sketch of", PROMPTS, VIEWS, tmp_path / "2", model=wider, recipe=QUICK)

@@ -1,8 +1,6 @@
 """What identifies weights: small files whole, large ones by a sample, those of the hub's cache by their names."""
 
-import hashlib
 import json
-import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -11,10 +9,7 @@ import mtl_anagram.files.checksums as module
 from mtl_anagram import InputError, SourceError, generate_anagram
 from mtl_anagram.files.checksums import SAMPLED, checksum_of, combined_checksum
 from mtl_anagram.generate import repeat_anagram
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+from tests.helpers import sha256
 
 
 @pytest.fixture
@@ -63,11 +58,10 @@ def test_a_record_of_either_kind_can_be_made_again(large, tmp_path):
     assert combined_checksum({"a": whole}) != combined_checksum({"a": sampled})
 
 
-def test_a_picture_is_repeated_with_the_same_weights_alone(cascade_folder, tmp_path, monkeypatch):
+def test_a_picture_is_repeated_with_the_same_weights_alone(own_folder, tmp_path, monkeypatch):
     """Recorded by samples, and by whole files as versions before did."""
     monkeypatch.setattr(module, "WHOLE", 2000)
-    folder = shutil.copytree(cascade_folder, tmp_path / "own")
-    request = {"num_inference_steps": 1, "size": 16, "stop_after": 16, "model": folder}
+    request = {"num_inference_steps": 1, "size": 16, "stop_after": 16, "model": own_folder}
     (made,) = generate_anagram(
         "", ["a duck", "a cat"], ["identity", "flip"], tmp_path / "out", "cpu", **request
     )
@@ -75,17 +69,17 @@ def test_a_picture_is_repeated_with_the_same_weights_alone(cascade_folder, tmp_p
     metadata = json.loads(path.read_text())
     files = metadata["weights"]["files"]
     assert {value.startswith(SAMPLED) for value in files.values()} == {True, False}
-    records = [files, {name: sha256(folder / name) for name in files}]
+    records = [files, {name: sha256(own_folder / name) for name in files}]
 
     def repeated(i):
         metadata["weights"]["files"] = records[i]
         metadata["request"]["weights_sha256"] = combined_checksum(records[i])
         path.write_text(json.dumps(metadata))
-        return repeat_anagram(path, tmp_path / f"again{i}", "cpu", model=folder)
+        return repeat_anagram(path, tmp_path / f"again{i}", "cpu", model=own_folder)
 
     for i in range(2):
         assert repeated(i).pictures[16].read_bytes() == made.pictures[16].read_bytes()
-    weights = folder / "stage_1" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = own_folder / "stage_1" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor + 1e-3 for name, tensor in load_file(weights).items()}, weights)
     for i in range(2):
         with pytest.raises(InputError, match="name the same weights"):

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +14,8 @@ import torch
 import mtl_anagram
 from mtl_anagram import InputError, Recipe
 from mtl_anagram.__main__ import main, parse_seeds
+from tests.readme import ROOT
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(mtl_anagram.__file__).resolve().parents[1]
 READINGS = "'a duck' 'a rabbit' --views identity rotate_ccw"
 SMALL = {"size": 16, "steps": 1, "stop_after": 16, "device": "cpu", "out": "out"}
 
@@ -173,10 +171,9 @@ def test_a_cascade_without_stage_2_or_clip_says_so(generate, cascade_folder, cap
     assert generate("--no-balancing", model=cascade_folder / "stage_1", out="b") == 0
 
 
-def test_what_the_cascade_has_not_learnt_is_said_once(generate, cascade_folder, capsys):
-    own = Path(shutil.copytree(cascade_folder, "own"))
-    (own / "cascade.json").write_text(json.dumps({"name": "own", "concepts": ["duck", "cat"]}))
-    assert generate(model=own) == 0
+def test_what_the_cascade_has_not_learnt_is_said_once(generate, own_folder, capsys):
+    (own_folder / "cascade.json").write_text(json.dumps({"name": "own", "concepts": ["duck", "cat"]}))
+    assert generate(model=own_folder) == 0
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "a rabbit" in line)
     assert all(word in line for word in ("mtl-anagram: ", "duck, cat", "--model"))
 

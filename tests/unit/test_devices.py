@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mtl_anagram.errors import InputError
+from mtl_anagram.models import load_unet
 from mtl_anagram.models.loading import resolve_device, resolve_dtype
 
 
@@ -41,7 +42,7 @@ def test_named_devices(machine):
 )
 def test_devices_that_are_not_there(machine, device):
     with pytest.raises(InputError, match=r"device=.*0 CUDA devices: use 'cpu'"):
-        resolve_device(device)
+        load_unet("no/where", device=device)
 
 
 def test_dtypes():
@@ -54,4 +55,4 @@ def test_dtypes():
 @pytest.mark.parametrize("dtype", ["half", torch.float64, 16])
 def test_other_dtypes_are_refused(dtype):
     with pytest.raises(InputError, match="dtype=.*float32, float16, bfloat16"):
-        resolve_dtype(dtype)
+        load_unet("no/where", dtype=dtype)

@@ -8,9 +8,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-import torch
 from huggingface_hub import constants, errors
-from safetensors.torch import load_file, save_file
 
 import mtl_anagram.models.download as module
 import mtl_anagram.models.planning as planning
@@ -21,9 +19,11 @@ from mtl_anagram.models.download import download
 from mtl_anagram.models.machine import Memory
 from mtl_anagram.models.releases import RELEASES
 from mtl_anagram.sampling import Recipe, UpscaleRecipe
+from tests.readme import write_glide
+from tests.unit.test_layouts import lay_out
+from tests.unit.tiny_requests import files
 from tests.unit.tiny_upscaler import write_upscaler
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 IF_M = RELEASES["IF-M"]
 
 
@@ -38,14 +38,13 @@ class Hub:
         assert files_metadata
         if not (self.root / repo_id).is_dir():
             raise errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError)
-        files = sorted(p for p in (self.root / repo_id).rglob("*") if p.is_file())
-        names = [(path.relative_to(self.root / repo_id).as_posix(), path.stat().st_size) for path in files]
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=n, size=s) for n, s in names])
+        there = sorted(files(self.root / repo_id).items())
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=n, size=len(c)) for n, c in there])
 
     def snapshot(self, repo_id, allow_patterns=None, local_dir=None):
-        for name, _ in [(entry.rfilename, entry.size) for entry in self.model_info(repo_id, True).siblings]:
-            if any(fnmatch(name, pattern) for pattern in allow_patterns):
-                self.download(repo_id, name, local_dir=local_dir)
+        for entry in self.model_info(repo_id, True).siblings:
+            if any(fnmatch(entry.rfilename, pattern) for pattern in allow_patterns):
+                self.download(repo_id, entry.rfilename, local_dir=local_dir)
 
     def download(self, repo_id, name, subfolder=None, local_dir=None):
         path = f"{subfolder}/{name}" if subfolder else name
@@ -69,20 +68,6 @@ class Hub:
         return str(target)
 
 
-def halve(folder, base, shards=1):
-    """Write the fp16 variant beside a model, in one file or in shards with an index."""
-    state = {name: value.half() for name, value in load_file(folder / f"{base}.safetensors").items()}
-    if shards == 1:
-        save_file(state, folder / f"{base}.fp16.safetensors")
-        return
-    names, weight_map = sorted(state), {}
-    for i in range(shards):
-        shard = f"{base}.fp16-{i + 1:05d}-of-{shards:05d}.safetensors"
-        save_file({name: state[name] for name in names[i::shards]}, folder / shard)
-        weight_map |= dict.fromkeys(names[i::shards], shard)
-    (folder / f"{base}.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
 @pytest.fixture
 def hub(cascade_folder, tmp_path, monkeypatch):
     """IF-M's repositories in miniature, with what a download must leave alone, and GLIDE's CLIP served by file://."""
@@ -90,8 +75,7 @@ def hub(cascade_folder, tmp_path, monkeypatch):
     for part in ("stage_1", "stage_2"):
         folder = root / IF_M[part]
         shutil.copytree(cascade_folder / part, folder)
-        halve(folder / "unet", "diffusion_pytorch_model")
-        (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickled twin")
+        lay_out(folder / "unet", "diffusion_pytorch_model", variant="fp16", keep=True)
         (folder / "scheduler").mkdir()
         (folder / "scheduler" / "scheduler_config.json").write_text(
             json.dumps({"beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range"})
@@ -99,16 +83,14 @@ def hub(cascade_folder, tmp_path, monkeypatch):
         (folder / "safety_checker").mkdir()
         (folder / "safety_checker" / "model.safetensors").write_bytes(b"never fetched")
         (folder / "README.md").write_text("never fetched")
-    halve(root / IF_M["stage_1"] / "text_encoder", "model", shards=2)
+    lay_out(root / IF_M["stage_1"] / "text_encoder", "model", variant="fp16", shards=2, keep=True)
     shutil.copytree(root / IF_M["stage_1"] / "text_encoder", root / IF_M["stage_2"] / "text_encoder")
     upscaler = root / IF_M["stage_3"] / "tokenizer"
     upscaler.mkdir(parents=True)
-    shutil.copyfile(cascade_folder / "noise_clip" / "merges.txt", upscaler / "merges.txt")
-    for tower in glide.PARAMETERS:
-        state = load_file(cascade_folder / "noise_clip" / f"{tower}.safetensors")
-        torch.save(state, tmp_path / f"{tower}.pt")
+    for tower, state in write_glide(tmp_path / "clip").items():
         monkeypatch.setitem(glide.PARAMETERS, tower, sum(t.numel() for t in state.values()))
-    monkeypatch.setattr(glide, "URL", (tmp_path / "{}.pt").as_uri().replace("%7B%7D", "{}"))
+    shutil.copyfile(tmp_path / "clip" / "merges.txt", upscaler / "merges.txt")
+    monkeypatch.setattr(glide, "URL", (tmp_path / "clip").as_uri() + "/{}.pt")
     monkeypatch.setenv("MTL_ANAGRAM_CACHE", str(tmp_path / "ours"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     made = Hub(root, tmp_path / "cache")
@@ -132,37 +114,31 @@ def fetch(cascade, to=None):
     return download(found, cascade.sources, cascade.variants, to)
 
 
-ONE, TWO, UNET = (
-    "DeepFloyd/IF-I-M-v1.0",
-    "DeepFloyd/IF-II-M-v1.0",
-    "unet/diffusion_pytorch_model.fp16.safetensors",
-)
-NEEDED = [
-    *(f"{ONE}/{name}" for name in ("scheduler/scheduler_config.json", "text_encoder/config.json")),
-    *(f"{ONE}/text_encoder/model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)),
-    *(
-        f"{ONE}/{name}"
-        for name in ("text_encoder/model.safetensors.index.fp16.json", "tokenizer/spiece.model")
-    ),
-    *(f"{repo}/{name}" for repo in (ONE, TWO) for name in ("unet/config.json", UNET)),
-    f"{TWO}/scheduler/scheduler_config.json",
-    "stabilityai/stable-diffusion-x4-upscaler/tokenizer/merges.txt",
-]
-NEEDED.sort()
+ONE, TWO = "DeepFloyd/IF-I-M-v1.0", "DeepFloyd/IF-II-M-v1.0"
+OF_A_STAGE = [
+    "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors",
+]  # fmt: skip
+OF_T5 = [
+    "text_encoder/config.json", "text_encoder/model.fp16-00001-of-00002.safetensors",
+    "text_encoder/model.fp16-00002-of-00002.safetensors", "text_encoder/model.safetensors.index.fp16.json",
+]  # fmt: skip
+NEEDED = [f"{ONE}/{name}" for name in (*OF_A_STAGE, *OF_T5, "tokenizer/spiece.model")]
+NEEDED += [f"{TWO}/{name}" for name in OF_A_STAGE]
+NEEDED = sorted([*NEEDED, "stabilityai/stable-diffusion-x4-upscaler/tokenizer/merges.txt"])
 SMALL = {"num_inference_steps": 1, "size": 16}
 WORDS = ("", ["a duck", "a rabbit"], ["identity", "flip"])
 
 
 def test_exactly_the_needed_files_once_and_offline_afterwards(hub, tmp_path, monkeypatch):
-    files = fetch(if_m())
+    found = fetch(if_m())
     assert sorted(hub.asked) == NEEDED
-    assert all(path.is_file() for path in files.values())
-    assert {"stage_2/unet/config.json", "noise_clip/merges.txt"} <= set(files)
+    assert all(path.is_file() for path in found.values())
+    assert {"stage_2/unet/config.json", "noise_clip/merges.txt"} <= set(found)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     made = generate_anagram(*WORDS, tmp_path / "out", **SMALL, model=if_m())
     assert sorted(made[0].pictures) == [16, 64]
-    assert fetch(if_m()) == files  # looks whether all is there
+    assert fetch(if_m()) == found  # looks whether all is there
     assert len(hub.asked) == len(NEEDED)
 
 
@@ -186,10 +162,7 @@ def test_a_releases_stage_three(hub, tmp_path, monkeypatch):
     options = {"noise_clip": "none", "stage_3": "IF-M", "keep": "one"}
     fetch(if_m(**options))
     asked = {name.removeprefix(f"{repo_id}/") for name in hub.asked if name.startswith(repo_id)}
-    there = {
-        p.relative_to(hub.root / repo_id).as_posix() for p in (hub.root / repo_id).rglob("*") if p.is_file()
-    }
-    assert asked == there - {"x4-upscaler-ema.ckpt"}
+    assert asked == set(files(hub.root / repo_id)) - {"x4-upscaler-ema.ckpt"}
     fetch(if_m(**options), tmp_path / "folder")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     request = {**SMALL, "recipe": Recipe.plain(), "upscale": UpscaleRecipe(num_inference_steps=1)}
@@ -211,6 +184,13 @@ def test_the_tokenizer_that_newer_libraries_save(hub):
     folder = hub.root / IF_M["stage_1"] / "tokenizer"
     (folder / "spiece.model").rename(folder / "tokenizer.json")
     assert "stage_1/tokenizer/tokenizer.json" in fetch(if_m(stage_2="none", noise_clip="none"))
+
+
+def test_a_network_comes_when_it_is_needed(hub, cascade):
+    """Without a download before: its own two files, and no others."""
+    loaded = if_m(variant="fp32").unet_1
+    assert hub.asked == [f"{ONE}/unet/config.json", f"{ONE}/unet/diffusion_pytorch_model.safetensors"]
+    assert loaded.config == cascade.unet_1.config
 
 
 def test_a_gate_shows_before_anything_large(hub):

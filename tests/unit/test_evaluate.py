@@ -22,10 +22,9 @@ from mtl_anagram.evaluation.protocol import as_table, choose_pairs, interval, re
 from mtl_anagram.files.images import read_picture
 from mtl_anagram.models import Judge
 from mtl_anagram.sampling import Combined
+from tests.readme import ROOT, write_glide
 from tests.unit.processes import on_tiny, start, status
-from tests.unit.tiny import write_cascade
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = Recipe.plain(num_inference_steps=1)
 PROTOCOL = Protocol(
     pairs=(("duck", "rabbit"), ("cat", "house")), views=("flip", "rotate_180"), seeds=(3, 4),
@@ -39,7 +38,7 @@ def judge() -> Judge:
     return Judge(["duck", "rabbit", "cat", "house"], widths=(8, 8, 8, 8)).eval()
 
 
-def test_cells_are_made_once_and_go_on(cascade, judge, one_thread, tmp_path, monkeypatch) -> None:
+def test_cells_are_made_once_and_go_on(cascade, judge, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     first = evaluate(cascade, PROTOCOL, f"~/{tmp_path.name}", judge=judge)
     files = sorted((tmp_path / "cells").glob("*.json"))
@@ -66,7 +65,7 @@ def counted(folder: Path, name: str, judge: Judge, model: Cascade) -> None:
     (folder / name).write_text(json.dumps([len(made), found]))
 
 
-def test_processes_share_the_cells(cascade, cascade_folder, judge, one_thread, tmp_path) -> None:
+def test_processes_share_the_cells(cascade, cascade_folder, judge, tmp_path) -> None:
     """Two at one folder, as torchrun starts them: each cell is sampled once, and both know all in the end."""
     children = [start(on_tiny, counted, cascade_folder, tmp_path, name, judge) for name in ("one", "two")]
     assert [status(child) for child in children] == [0, 0]
@@ -75,13 +74,13 @@ def test_processes_share_the_cells(cascade, cascade_folder, judge, one_thread, t
     assert first + second == 2 * 2 * 2  # cells of one step each
 
 
-def test_what_changed_is_made_anew_and_nothing_else(judge, one_thread, tmp_path) -> None:
-    folder, cells = write_cascade(tmp_path / "cascade"), tmp_path / "out/cells"
+def test_what_changed_is_made_anew_and_nothing_else(own_folder, judge, tmp_path) -> None:
+    cells = tmp_path / "out/cells"
     protocol = dataclasses.replace(PROTOCOL, pairs=(("duck", "cat"),), views=("flip",))
 
     def go(judge: Judge = judge, **changes: float) -> tuple[int, ...]:
         """How many pictures there are of each recipe after a call, and how many measurements."""
-        model = Cascade.from_pretrained(folder, device="cpu")
+        model = Cascade.from_pretrained(own_folder, device="cpu")
         evaluate(model, dataclasses.replace(protocol, **changes), tmp_path / "out", judge=judge)
         return tuple(len(list(cells.glob(f"{name}*.{end}"))) for name, end in KINDS)
 
@@ -91,7 +90,7 @@ def test_what_changed_is_made_anew_and_nothing_else(judge, one_thread, tmp_path)
     assert go(temperature=0.1) == (1, 1, 4)
     torch.manual_seed(1)
     assert go(Judge(judge.names, widths=(8, 8, 8, 8)).eval()) == (1, 1, 6)
-    merges, config = folder / "noise_clip/merges.txt", folder / "stage_2/unet/config.json"
+    merges, config = own_folder / "noise_clip/merges.txt", own_folder / "stage_2/unet/config.json"
     merges.write_bytes(merges.read_bytes() + b"\n")  # another file, the same CLIP
     assert go() == (1, 2, 8)  # balancing alone is steered by the CLIP
     assert go(size=256) == (2, 3, 10)
@@ -113,7 +112,7 @@ def worst_takes_all(prediction, index, t) -> Combined:
     return Combined(noise, prediction.variance.mean(1), weights, torch.ones(len(noise)))
 
 
-def test_a_rule_of_ones_own_is_measured_beside_the_librarys(cascade, judge, one_thread, tmp_path) -> None:
+def test_a_rule_of_ones_own_is_measured_beside_the_librarys(cascade, judge, tmp_path) -> None:
     recipes = {"plain": QUICK, "worst": (QUICK, {"combine": worst_takes_all})}
     protocol = Protocol(pairs=(("duck", "cat"),), views=("flip",), recipes=recipes, seeds=(0,))
     rows = evaluate(cascade, protocol, tmp_path, judge=judge)["rows"]
@@ -127,7 +126,7 @@ def test_a_rule_of_ones_own_is_measured_beside_the_librarys(cascade, judge, one_
     assert cell["request"]["rules"] == {"combine": f"{__name__}.worst_takes_all"}
 
 
-def test_a_cell_is_what_generate_makes(cascade, judge, one_thread, tmp_path) -> None:
+def test_a_cell_is_what_generate_makes(cascade, judge, tmp_path) -> None:
     protocol = dataclasses.replace(PROTOCOL, pairs=(("duck", "rabbit"),), views=("flip",))
     evaluate(cascade, protocol, tmp_path / "evaluation", judge=judge)
     made = generate_anagram(
@@ -150,7 +149,7 @@ def test_a_cell_is_what_generate_makes(cascade, judge, one_thread, tmp_path) -> 
     assert torch.allclose(torch.tensor(cell["samples"][1]["scores"]), images @ texts.T, atol=0.01)
 
 
-def test_single_readings_need_no_view(cascade, judge, one_thread, tmp_path) -> None:
+def test_single_readings_need_no_view(cascade, judge, tmp_path) -> None:
     protocol = Protocol(pairs=(("duck",), ("cat",)), recipes={"plain": QUICK}, seeds=(0,))
     summary = evaluate(cascade, protocol, tmp_path, judge=judge)
     assert [row["pairs"] for row in summary["rows"]] == [2]
@@ -249,7 +248,7 @@ def test_a_protocol_that_cannot_be_is_refused_before_sampling(
 QUICKLY = "--pairs duck/rabbit --views flip --seed 0 --recipes plain --steps 1 --quiet --device cpu"
 
 
-def test_the_command_prints_a_table(cascade_folder, one_thread, tmp_path, monkeypatch, capsys) -> None:
+def test_the_command_prints_a_table(cascade_folder, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["evaluate", *shlex.split(QUICKLY), "--model", str(cascade_folder)]
     assert main(words) == 0
@@ -266,11 +265,15 @@ def test_the_command_prints_a_table(cascade_folder, one_thread, tmp_path, monkey
 
 
 def test_without_numpy(cascade_folder, tmp_path) -> None:
-    """The whole of it, where importing numpy fails."""
+    """The whole of it, with pickled towers, T5 from its files and a cache, where importing numpy fails."""
     script = (
         "import sys; sys.modules['numpy'] = None; from mtl_anagram.__main__ import main; sys.exit(main())"
     )
+    write_glide(tmp_path / "clip")
     words = ["evaluate", *shlex.split(QUICKLY), "--model", str(cascade_folder), "--judge", "judge"]
+    words += shlex.split(
+        "--recipes plain balancing --noise-clip clip --text-encoder streamed --prompt-cache c"
+    )
     judge = Judge(["duck", "rabbit"])  # as wide as the embedded one: its file says no widths
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge/judge.json").write_text(json.dumps({"names": judge.names}))
@@ -281,23 +284,16 @@ def test_without_numpy(cascade_folder, tmp_path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "all read" in done.stdout
+    assert "made anew" not in done.stderr  # the second recipe finds its prompts in the cache
 
 
-def test_partners(cascade, judge, one_thread, tmp_path) -> None:
+def test_partners(cascade_folder, judge, tmp_path) -> None:
     """Every pair under every view, best first; a name's own, with its article or without."""
-    quick = dataclasses.replace(cascade.recipe, num_inference_steps=1)
-    found = Cascade.from_pretrained(cascade.sources["stage_1"].parent, device="cpu")
-    found.recipe = quick
-    options = {
-        "names": ["duck", "cat", "house"],
-        "views": ("flip", "rotate_ccw"),
-        "seeds": (0, 1),
-        "judge": judge,
-    }
-    rows = measure_partners(found, tmp_path, **options)
-    assert {row[:3] for row in rows} == {
-        (*pair, view) for pair in choose_pairs(options["names"]) for view in options["views"]
-    }
+    model = Cascade.from_pretrained(cascade_folder, device="cpu")
+    model.recipe = QUICK
+    names, views = ["duck", "cat", "house"], ("flip", "rotate_ccw")
+    rows = measure_partners(model, tmp_path, names=names, views=views, seeds=(0, 1), judge=judge)
+    assert {row[:3] for row in rows} == {(*pair, view) for pair in choose_pairs(names) for view in views}
     assert rows == sorted(rows, key=lambda row: (row.read, row.score), reverse=True)
     assert partners_of(tmp_path / "partners.json") == rows
     assert partners_of(tmp_path / "partners.json", "a cat") == [row for row in rows if "cat" in row]

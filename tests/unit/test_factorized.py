@@ -11,7 +11,6 @@ from mtl_anagram.sampling import alternate
 from mtl_anagram.views import Component, get_views, view_from_metadata
 from tests.unit.test_sampling_stages import stage1, texts
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HYBRID, COLOURS = ["low_pass", "high_pass"], ["grayscale", "color"]
 TRIPLE = ["triple_low_pass", "triple_medium_pass", "triple_high_pass"]
 FAMILIES = [
@@ -68,18 +67,12 @@ def test_filters_by_their_published_definitions(side, times):
     one, two, hybrid = (
         gaussian(x, s * times, k * times // 2 * 2 + 1) for s, k in ((1, 25), (2, 25), (2, 33))
     )
-    lines = {
-        "motion": torch.eye(7 if times == 1 else 29),
-        "motion:angle=0": torch.ones(1, 7 if times == 1 else 29),
-    }
-    motion, across = (convolved(x, line / line.sum()) for line in lines.values())
+    length = 7 if times == 1 else 29
+    motion = convolved(x, torch.eye(length) / length)
+    across = convolved(x, torch.ones(1, length) / length)
     gray = x.mean(0).expand(3, -1, -1)
-    wanted = {
-        "low_pass": hybrid,
-        "high_pass": x - hybrid,
-        "triple_low_pass": two,
-        "triple_medium_pass": one - two,
-    }
+    wanted = {"low_pass": hybrid, "high_pass": x - hybrid}
+    wanted |= {"triple_low_pass": two, "triple_medium_pass": one - two}
     wanted |= {"triple_high_pass": x - one, "grayscale": gray, "color": x - gray, "motion": motion}
     wanted |= {"motion_res": x - motion, "motion:angle=0": across, "motion:angle=180": across, "scale": x / 2}
     for name, component in wanted.items():
@@ -145,11 +138,8 @@ def test_rectification_gives_a_sum_the_power_of_its_parts(names, lost):
     assert abs(state.scale**2 * total.square().mean() - 1) < 0.02
     assert torch.equal(state.weights, torch.ones(1, len(views)))
     assert state.loss is None
-    plain = next(
-        stage1(
-            views=views, unet=unet, recipe=Recipe.plain(num_inference_steps=1, guidance_scale=1), spans=None
-        )
-    )
+    recipe = Recipe.plain(num_inference_steps=1, guidance_scale=1)
+    (plain,) = stage1(views=views, unet=unet, recipe=recipe, spans=None)
     assert plain.scale == 1
 
 
@@ -171,12 +161,11 @@ class Right(Left):
 
 
 def test_a_component_of_ones_own(cascade):
-    recipe = Recipe.plain(num_inference_steps=2)
-    sample = {"recipe": recipe, "size": 16, "stop_after": 16}
-    both = cascade.sample(["a duck", "a cat"], [Left(), Right()], **sample).pictures[16]
-    assert not torch.equal(
-        both, cascade.sample(["a duck", "a duck"], [Left(), Right()], **sample).pictures[16]
-    )
+    def made(*prompts):
+        recipe = Recipe.plain(num_inference_steps=2)
+        return cascade.sample(prompts, [Left(), Right()], recipe=recipe, size=16, stop_after=16).pictures[16]
+
+    assert not torch.equal(made("a duck", "a cat"), made("a duck", "a duck"))
 
 
 def test_alternate_follows_one_view_a_step():

@@ -3,22 +3,19 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtl_anagram import Cascade, InputError
+from mtl_anagram import InputError
 from mtl_anagram.models import UNet, UNetConfig
 from mtl_anagram.models.attention import attention_with_columns
 from mtl_anagram.models.unet_blocks import scaled_norm, upconv
 from tests.helpers import relative
-from tests.unit.tiny import STAGE_1
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).resolve().parents[2]
+from tests.readme import ROOT
+from tests.unit.tiny import STAGE_1, TWO_LEVELS
 
 
 class Largest(TorchDispatchMode):
@@ -53,12 +50,12 @@ def compare(form, dtype=torch.float32, queries=70, keys=85, width=20, tolerance=
     columns = torch.zeros(2, 66, 3)
     columns[0, [2, 65], [0, 1]] = 1
     columns[1, [0, 9, 10], [0, 1, 2]] = 1
-    results, exact = form(q, k, v, columns), [x.detach().double().requires_grad_() for x in (q, k, v)]
+    results = form(q, k, v, columns)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     wanted = plain(*exact, columns)
     grads = [torch.randn(x.shape, generator=draws) for x in wanted]
-    results += torch.autograd.grad(
-        results, (q, k, v), [g.to(x.dtype) for g, x in zip(grads, results, strict=True)]
-    )
+    own = [g.to(x.dtype) for g, x in zip(grads, results, strict=True)]
+    results += torch.autograd.grad(results, (q, k, v), own)
     wanted += torch.autograd.grad(wanted, exact, [g.double() for g in grads])
     assert results[1].dtype == torch.float32
     for value, expected in zip(results, wanted, strict=True):
@@ -114,10 +111,10 @@ def test_the_triton_kernel(script, interpret, tmp_path):
 
 def test_token_maps_are_chosen_by_name():
     unet = UNet(UNetConfig.from_dict(STAGE_1)).eval().requires_grad_(False)
-    for name, said in (
-        ("triton", "triton"),
-        ("flash", "token_maps='flash' must be one of 'fused', 'triton'"),
-    ):
+    for name, said in {
+        "triton": "triton",
+        "flash": "token_maps='flash' must be one of 'fused', 'triton'",
+    }.items():
         unet.token_maps = name
         with pytest.raises(InputError, match=said):
             unet.text_maps(torch.zeros(1, 3, 16, 16), 1, torch.zeros(1, 5, 16), (0, 1), resolution=8)
@@ -144,7 +141,7 @@ def test_a_norm_with_scale_and_shift():
 
 @torch.no_grad()
 def test_rows_go_through_in_blocks_that_do_not_grow():
-    unet = UNet(UNetConfig.from_dict({**STAGE_1, "block_out_channels": [8, 8], **LEVELS})).eval()
+    unet = UNet(UNetConfig.from_dict({**STAGE_1, **TWO_LEVELS, "block_out_channels": [8, 8]})).eval()
     x, text, t = torch.randn(600, 3, 16, 16), torch.randn(600, 2, 16), torch.arange(600)
     largest, ran = {}, []
     unet.conv_in.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
@@ -158,31 +155,3 @@ def test_rows_go_through_in_blocks_that_do_not_grow():
     for row in (0, 199, 200, 599):
         alone = unet(x[row, None], t[row], text[row, None])
         assert relative(found[row, None], alone) < 1e-5
-
-
-LEVELS = {
-    "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"],
-    "up_block_types": ["SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
-}
-
-
-def test_a_compiled_cascade(cascade, cascade_folder):
-    """Calls go through one graph without breaks, token maps stay outside of it; both are what they were."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled, unet = (
-        Cascade.from_pretrained(cascade_folder, device="cpu", compile="eager").unet_1,
-        cascade.unet_1,
-    )
-    x, t, text = torch.randn(2, 3, 16, 16), torch.tensor(500), torch.randn(2, 4, 16)
-    with torch.no_grad():
-        context = unet.prepare(text)
-        assert relative(compiled(x, t, context), unet(x, t, context)) < 1e-5
-        maps, expected = (u.text_maps(x, t, context, (1, 3), resolution=8) for u in (compiled, unet))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert all(torch.equal(maps[name], expected[name]) for name in expected)
-
-
-def test_compile_is_yes_no_or_a_backend(cascade_folder):
-    with pytest.raises(InputError, match="compile=3"):
-        Cascade.from_pretrained(cascade_folder, device="cpu", compile=3)

@@ -17,15 +17,12 @@ from mtl_anagram.sampling import (
     predict_x0,
     rectify,
     sample_stage1,
-    sample_stage2,
 )  # fmt: skip
 from mtl_anagram.sampling.fused import fused_step, permutations, table
-from mtl_anagram.views import View
 
-from .test_sampling_stages import Network, generators, score, stage1, texts
+from .test_sampling_stages import Network, generators, score, stage1, stage2
 from .tiny import STAGE_1
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, SIDES = torch.device("cpu"), (24, 24)
 VIEWS = get_views(["identity", "rotate_cw", "negate+flip", "jigsaw"])
 SCHEDULES = {
@@ -84,12 +81,8 @@ def test_a_fused_step_equals_the_readable_one(backend, kind, groups, diagonal, d
 @pytest.mark.parametrize("recipe", [Recipe.released, Recipe.plain])
 def test_a_fused_run_gives_the_same_states(backend, recipe):
     recipe = recipe(num_inference_steps=4, guidance_scale=3)
-    pairs = zip(
-        stage1((0, 1), recipe=recipe, size=32),
-        stage1((0, 1), recipe=recipe, size=32, fused=backend),
-        strict=True,
-    )
-    for slow, fast in pairs:
+    slow_states, fast_states = (stage1((0, 1), recipe=recipe, size=32, fused=f) for f in (None, backend))
+    for slow, fast in zip(slow_states, fast_states, strict=True):
         for name in ("x", "x0", "weights", "scale"):
             assert torch.allclose(getattr(slow, name), getattr(fast, name), atol=1e-4), name
 
@@ -109,18 +102,10 @@ def test_a_step_is_one_graph_whatever_the_timestep():
     assert counter.frame_count == 1
 
 
-class Blur(View):
-    def inverse_view(self, prediction):
-        return (prediction + prediction.roll(1, -1)) / 2
-
-    def view(self, x):
-        return x
-
-
 def test_what_fused_refuses(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for fused, views, said in (
-        ("torch", [Blur()], "more than move pixels"),
+        ("torch", get_views(["low_pass", "high_pass"]), "more than move pixels"),
         ("triton", VIEWS, "CUDA"),
         ("cuda", VIEWS, "fused='cuda'"),
     ):
@@ -149,14 +134,9 @@ def test_guidance_only_inside_an_interval_of_the_steps():
 
 def test_stage_2_has_a_guidance_scale_of_its_own():
     def last(scale, **changes):
-        text, null = texts()
-        low_res, recipe = (
-            torch.zeros(1, 3, 16, 16) - 1,
-            Recipe.plain(num_inference_steps=2, guidance_scale=scale, **changes),
-        )
-        return [*sample_stage2(
-            Network(6), low_res, text, null, VIEWS[:2], score=None, generators=generators(0), recipe=recipe, size=32
-        )][-1].x  # fmt: skip
+        recipe = Recipe.plain(num_inference_steps=2, guidance_scale=scale, **changes)
+        *_, state = stage2(torch.zeros(1, 3, 16, 16) - 1, recipe=recipe, size=32)
+        return state.x
 
     assert torch.equal(last(9, stage_2_guidance_scale=4), last(4))
     assert not torch.equal(last(9, stage_2_guidance_scale=4), last(9))

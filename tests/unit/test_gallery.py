@@ -23,7 +23,6 @@ from mtl_anagram.files.images import encode_png, read_picture, to_uint8
 from mtl_anagram.views import VIEW_NAMES, get_views
 from tests.unit.test_motion import picture
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROMPTS = ["a duck", "a </script> rabbit", "a hat"]
 
@@ -233,7 +232,7 @@ def test_a_preview_in_a_file_and_in_a_notebook(cascade, tmp_path, monkeypatch):
         assert (windows == strip[:, None, None]).all(0).flatten(2).all(-1).any()
 
 
-def test_the_commands(cascade_folder, tmp_path, monkeypatch, capsys):
+def test_the_commands(own_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(Path("out"), 6, ["identity", "rotate_180"])
     assert main(["animate", "out", "--seconds", "0.1"]) == 0
@@ -251,10 +250,8 @@ def test_the_commands(cascade_folder, tmp_path, monkeypatch, capsys):
         "num_pieces: int = 4" in line and "a multiple of 4" in line and "square" in line for line in lines
     )
     assert Image.open("views.png").width > 500
-    own = Path(shutil.copytree(cascade_folder, "own"))
-    (own / "cascade.json").write_text(
-        json.dumps({"name": "own", "concepts": ["duck", "cat"], "styles": ["ink"]})
-    )
+    about = {"name": "own", "concepts": ["duck", "cat"], "styles": ["ink"]}
+    (own_folder / "cascade.json").write_text(json.dumps(about))
     assert main(["concepts", "--model", "own"]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == ["concepts: duck, cat", "styles: ink"]
     words = ["--model", "own", "--device", "cpu", "--size", "8", "--steps", "1", "--no-balancing", "--quiet"]

@@ -7,9 +7,7 @@ from mtl_anagram import Cascade, InputError, Recipe, generate_anagram, get_views
 from mtl_anagram.files.images import encode_png, views_strip
 from mtl_anagram.models.prompts import concept_span
 from mtl_anagram.sampling import sample_stage1, sample_stage2
-from tests.unit.tiny_requests import NAMES, PICTURES, files, maker, metadata, never, pictures, pixels
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from tests.unit.tiny_requests import NAMES, PICTURES, files, maker, metadata, never, pictures
 
 
 @pytest.fixture
@@ -22,11 +20,7 @@ def by_hand(cascade, prompts, views, seeds, recipe, *, sizes, noise_level=50, co
     text, null = cascade.encode(prompts)
     concepts = concepts or [prompt.split()[-1] for prompt in prompts]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    shared = {
-        "score": cascade.noise_clip.scorer(prompts),
-        "generators": generators,
-        "recipe": recipe,
-    }
+    shared = {"score": cascade.noise_clip.scorer(prompts), "generators": generators, "recipe": recipe}
     spans = [concept_span(cascade.tokenizer, *pair) for pair in zip(prompts, concepts, strict=True)]
     unet_1, unet_2 = cascade.unet_1, cascade.unet_2
     *_, first = sample_stage1(unet_1, text, null, views, spans=spans, size=sizes[0], **shared)
@@ -54,14 +48,9 @@ def test_the_released_call_writes_what_its_parts_make(cascade, tmp_path):
     hand = by_hand(cascade, full, views, [9], recipe, sizes=(64, 256))
     for side, x in zip((64, 256), hand, strict=True):
         assert (made.folder / f"sample_{side}.png").read_bytes() == encode_png(x[0])
-        row = (made.folder / f"sample_{side}.views.png").read_bytes()
-        assert row == encode_png(views_strip(x[0], views))
-        picture, row = pixels(encode_png(x[0])), pixels(row)[:, :side]  # below are the names
-        assert row.shape[2] == 2 * side
-        for i, view in enumerate(views):
-            assert torch.equal(row[:, :, i * side : (i + 1) * side].float(), view.view(picture.float()))
-        assert len(picture.unique()) > 50  # a picture in which a moved pixel shows
-        assert not torch.equal(row[:, :, side:], picture)
+        strip = (made.folder / f"sample_{side}.views.png").read_bytes()
+        assert strip == encode_png(views_strip(x[0], views))
+    assert list(metadata(made)) == ["format", "seed", "sizes", "request", "pictures", "weights", "made_with"]
 
 
 def test_the_call_is_its_parts_with_everything_changed(make, cascade):
@@ -107,15 +96,14 @@ def test_the_number_of_threads_changes_next_to_nothing(cascade):
 
 def test_nothing_global_changes(make, capsys):
     torch.manual_seed(123)
-    before = (
-        torch.get_rng_state(),
-        torch.get_num_threads(),
-        torch.is_grad_enabled(),
-        torch.get_default_dtype(),
-    )
+
+    def state():
+        flags = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
+        return *flags, torch.get_rng_state().tolist()
+
+    before = state()
     make(views=["identity", "patch_permute"])
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()) == before[1:]
+    assert state() == before
     assert capsys.readouterr() == ("", "")
 
 
@@ -136,27 +124,8 @@ def test_concepts(make):
     assert pictures(mixed) == bracketed
 
 
-def test_requests_are_checked_before_anything_is_sampled(make, tmp_path):
-    for match, changes in {
-        "concepts.*a list of 2": {"concepts": ["duck"]},
-        "size=8 px.*'pixel_permute'": {"views": ["identity", "pixel_permute"]},
-        r"stop_after=100.*\[8, 32\]": {"stop_after": 100},
-        r"stop_after=\[8\]": {"stop_after": [8]},
-        "attention at 0 px": {"recipe": Recipe.released(map_resolution=7)},
-    }.items():
-        with pytest.raises(InputError, match=match):
-            make(**changes, on_step=never)
-    assert not (tmp_path / "out").exists()
-
-
-def test_devices(make, cascade_folder, monkeypatch):
-    """None is the best there is; a Cascade's own must be the one that is named."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    shared = {"stop_after": 8, "num_inference_steps": 1}
-    chosen = make("a", device=None, model=cascade_folder, **shared)[0]
-    assert metadata(chosen)["made_with"]["device"] == "cpu"
-    assert files(chosen.folder) == files(make("b", device=torch.device("cpu:0"), **shared)[0].folder)
+def test_a_cascades_own_device_must_be_the_one_that_is_named(make, monkeypatch):
+    make(device=torch.device("cpu:0"), stop_after=8, num_inference_steps=1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(InputError, match="device='mps', but the cascade is on 'cpu'"):
         make(device="mps", on_step=never)
@@ -176,18 +145,3 @@ def test_without_a_stage_2_or_a_noise_aware_clip(make, cascade_folder):
     unbalanced = Recipe.released(balancing=False)
     assert pictures(make(model=unscored, recipe=unbalanced)) == pictures(make("b", recipe=unbalanced))
     make("c", model=unscored, prompts=["a duck"], views=["identity"])  # one view has nothing to balance
-
-
-def test_progress(make, capsys):
-    make(progress=True, seed=[1, 2])
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    for stage in ("stage I:", "stage II:"):
-        assert stage in shown.err
-    assert shown.err.count("4/4") >= 2  # 2 seeds, 2 steps, in each stage
-
-
-def test_the_embedded_cascade_is_the_default(make):
-    made = make(model=None, device="cpu", size=None, stop_after=64, num_inference_steps=1)[0]
-    assert list(made.pictures) == [64]
-    assert metadata(made)["weights"]["files"] == Cascade.from_pretrained(device="cpu").checksums()

@@ -15,7 +15,6 @@ from tests.unit.test_sampling_stages import Network, generators, stage1, texts
 from tests.unit.tiny_requests import files, maker, metadata, never
 from tests.unit.tiny_upscaler import write_upscaler
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = Recipe.plain(num_inference_steps=5)
 GRAY = torch.full((3, 3), 1 / 3)
 
@@ -88,11 +87,9 @@ def test_a_start_is_noised_to_the_level_where_the_steps_begin():
 
 
 def test_a_cascades_pictures_keep_the_references_component(cascade):
-    photo, sample = (
-        picture(64) * 0.3,
-        {"prompts": ["a duck", "a cat"], "views": ["identity", "flip"], "size": 16},
-    )
-    small, calls = F.interpolate(photo[None], (16, 16), mode="bilinear", antialias=True)[0], []
+    sample = {"prompts": ["a duck", "a cat"], "views": ["identity", "flip"], "size": 16}
+    photo, calls = picture(64) * 0.3, []
+    small = F.interpolate(photo[None], (16, 16), mode="bilinear", antialias=True)[0]
 
     def dimmer(x, index, t_next):
         calls.append(index)
@@ -115,19 +112,12 @@ def test_less_strength_leaves_more_of_the_start_in_each_stage(cascade):
     small = F.interpolate(photo[None], (16, 16), mode="bilinear", antialias=True)[0]
 
     def moved(strength, size, start):
-        return (
-            (cascade.sample(start_from=photo, strength=strength, **sample).pictures[size] - start)
-            .abs()
-            .mean()
-        )
+        made = cascade.sample(start_from=photo, strength=strength, **sample).pictures[size]
+        return (made - start).abs().mean()
 
     assert moved(0.2, 16, small) < moved(0.6, 16, small) < moved(1, 16, small)
-    assert (
-        moved([0, 0.2], 64, photo)
-        < moved([0, 0.6], 64, photo)
-        < moved([0, 1], 64, photo)
-        < moved(0, 64, photo)
-    )
+    large = [moved(strength, 64, photo) for strength in ([0, 0.2], [0, 0.6], [0, 1], 0)]
+    assert large == sorted(set(large))
     run = cascade.sample(start_from=photo, strength=[0, 0.4], **sample)
     assert [(step.stage, step.state.index) for step in run] == [(1, 4), (2, 3), (2, 4)]
     torch.testing.assert_close(run.pictures[16][0], small, rtol=0, atol=1e-6)
@@ -221,21 +211,11 @@ TABLE = """
 def test_the_table_through_all_stages_by_the_command(cascade_folder, tmp_path, monkeypatch, row):
     monkeypatch.chdir(tmp_path)
     (size, *names), stage_3 = row.split(), write_upscaler(tmp_path / "stage_3")
+    prompts = ["a duck", "a rabbit", "a cat", "a house", "the sea"][: len(names)]
     words = f"--views {' '.join(names)} --size {size} --steps 2 --stage-3-steps 1 --stage-3-views all --quiet"
     words += f" --model {cascade_folder} --stage-3 {stage_3} --device cpu --out out"
-    assert (
-        main(
-            ["generate", *["a duck", "a rabbit", "a cat", "a house", "the sea"][: len(names)], *words.split()]
-        )
-        == 0
-    )
+    assert main(["generate", *prompts, *words.split()]) == 0
     for times in (1, 4, 16):
         sides = [times * int(side) for side in size.split("x")]
         made = read_picture(tmp_path / f"out/0000/sample_{'x'.join(map(str, sides))}.png")
         assert made.shape == (3, sides[0], sides[-1])
-
-
-@pytest.mark.parametrize("name", ["rotate_cw", "rotate:30", "reflect", "transpose", "jigsaw", "inner_circle"])
-def test_views_of_squares_refuse_others(cascade, name):
-    with pytest.raises(InputError, match=r"size=\(16, 24\).*square"):
-        cascade.sample(["a duck"], [name], size=(16, 24))

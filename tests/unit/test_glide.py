@@ -1,70 +1,53 @@
 """GLIDE's CLIP from where it was published (a server on this machine stands for it), and pickled towers."""
 
 import http.server
+import os
 import threading
+from functools import partial
 
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mtl_anagram import SourceError
 from mtl_anagram.files.hub import POINTER
 from mtl_anagram.models import glide, load_noise_clip
-from tests.unit import tiny
+from tests.readme import write_glide
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Files by path, and how to misbehave: `cut` bytes after which the connection drops, `status`."""
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """A folder's files; the server says how to misbehave: `cut` bytes after which the connection drops, `status`."""
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.cut, self.status, self.asked = {}, None, 200, []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.append(self.path)
-        if self.server.status != 200:
+        if self.server.status == 200:
+            super().do_GET()
+        else:
             self.send_error(self.server.status)
-            return
-        content = self.server.files[self.path]
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: self.server.cut])
+
+    def copyfile(self, source, target):
+        target.write(source.read()[: self.server.cut])
 
     def log_message(self, *_):
         pass
 
 
 @pytest.fixture
-def server():
-    made = Server()
+def server(tmp_path):
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "clip"))
+    made.cut, made.status, made.asked = None, 200, []
+    threading.Thread(target=made.serve_forever, daemon=True).start()
     yield made
     made.shutdown()
     made.server_close()
 
 
-def pickled_folder(folder):
-    """A folder as users have it: two .pt files and the merges; returns their states."""
-    tiny.write_clip(folder)
-    states = {tower: load_file(folder / f"{tower}.safetensors") for tower in glide.PARAMETERS}
-    for tower, state in states.items():
-        torch.save(state, folder / f"{tower}.pt")
-        (folder / f"{tower}.safetensors").unlink()
-    return states
-
-
 @pytest.fixture
 def published(server, tmp_path, monkeypatch):
     """The two files as they are published, small, on the server; the hub gives the merges. Returns the cache."""
-    for tower, state in pickled_folder(tmp_path / "clip").items():
-        server.files[f"/{tower}.pt"] = (tmp_path / "clip" / f"{tower}.pt").read_bytes()
+    for tower, state in write_glide(tmp_path / "clip").items():
         monkeypatch.setitem(glide.PARAMETERS, tower, sum(t.numel() for t in state.values()))
-    monkeypatch.setattr(glide, "URL", f"{server.url}/{{}}.pt")
+    monkeypatch.setattr(glide, "URL", f"http://127.0.0.1:{server.server_port}/{{}}.pt")
     monkeypatch.setenv("MTL_ANAGRAM_CACHE", str(tmp_path / "cache"))
     merges = str(tmp_path / "clip" / "merges.txt")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, name, subfolder: merges)
@@ -114,13 +97,21 @@ def test_a_folder_of_that_name_goes_first(published, server, tmp_path):
 
 
 def test_old_pickles_and_views_of_one_storage_load(tmp_path):
-    states = pickled_folder(tmp_path)
+    states = write_glide(tmp_path)
     expected = load_noise_clip(tmp_path).embed_text(["a duck"])
+    merges = (tmp_path / "merges.txt").rename(tmp_path / "merges of another name")
     state = states["clip_text_enc"]
     name = "blocks.input.w_pos"
     state[name] = torch.cat([state[name], state[name]])[: len(state[name])]
     torch.save(state, tmp_path / "clip_text_enc.pt", _use_new_zipfile_serialization=False)
-    assert torch.equal(load_noise_clip(tmp_path).embed_text(["a duck"]), expected)
+    assert torch.equal(load_noise_clip(tmp_path, merges=merges).embed_text(["a duck"]), expected)
+
+
+class Attack:
+    """Makes a folder where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +121,12 @@ def test_old_pickles_and_views_of_one_storage_load(tmp_path):
         (b"PK\x03\x04 cut off", "download it again"),
         (POINTER + b"spec/v1\noid sha256:0\nsize 5\n", "Git LFS pointer.*git lfs pull"),
         (["no", "dict"], "no flat state dict"),
-        ({"a": print}, "weights-only unpickler"),
+        ({"a": Attack()}, "weights-only unpickler"),
     ],
 )
-def test_pickles_that_are_none(tmp_path, content, message):
-    pickled_folder(tmp_path)
+def test_pickles_that_are_none_and_run_no_code(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    write_glide(tmp_path)
     if isinstance(content, bytes):
         (tmp_path / "clip_text_enc.pt").write_bytes(content)
     else:
@@ -143,4 +135,5 @@ def test_pickles_that_are_none(tmp_path, content, message):
         load_noise_clip(tmp_path)
     assert "clip_text_enc.pt" in str(caught.value)
     assert "weights_only" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
     assert caught.value.__cause__ is None  # a traceback does not bring torch's advice either

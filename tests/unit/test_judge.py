@@ -24,7 +24,7 @@ def bars_and_blocks(count: int) -> dict[str, torch.Tensor]:
     return {"train": ink, "train_shapes": ink, "train_regions": ink // 255, "train_labels": labels}
 
 
-def test_it_learns_and_is_read_back(one_thread, tmp_path) -> None:
+def test_it_learns_and_is_read_back(tmp_path) -> None:
     data = bars_and_blocks(8)
     trainer = Trainer(TINY, data, NAMES, "train")
     while trainer.seen < TINY.pictures:

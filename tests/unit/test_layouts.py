@@ -27,11 +27,12 @@ OLD_FIELDS = {
 }  # fmt: skip
 
 
-def lay_out(folder, base, *, variant=None, shards=1, half=lambda name: True, transformers=True):
-    """Replace a model's one float32 file by the layout asked for; a pickled twin lies beside each file."""
+def lay_out(folder, base, *, variant=None, shards=1, half=lambda name: True, transformers=True, keep=False):
+    """A model's one float32 file in the layout asked for, in its place or (keep) beside it; each has a pickled twin."""
     path = folder / f"{base}.safetensors"
     state = load_file(path)
-    path.unlink()
+    if not keep:
+        path.unlink()
     dot = "" if variant is None else f".{variant}"
     if variant == "fp16":
         state = {name: value.half() if half(name) else value for name, value in state.items()}
@@ -44,10 +45,8 @@ def lay_out(folder, base, *, variant=None, shards=1, half=lambda name: True, tra
         weight_map |= dict.fromkeys(names[i::shards], file)
     if shards > 1:
         index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-        name = (
-            f"{base}.safetensors.index{dot}.json" if transformers else f"{base}{dot}.safetensors.index.json"
-        )
-        (folder / name).write_text(json.dumps(index))
+        end = f".safetensors.index{dot}.json" if transformers else f"{dot}.safetensors.index.json"
+        (folder / f"{base}{end}").write_text(json.dumps(index))
     return state
 
 
@@ -75,12 +74,8 @@ def test_an_old_config(tmp_path, config, without):
     path = tmp_path / "unet" / "config.json"
     content = json.loads(path.read_text())
     kept = (OLD_FIELDS | {"encoder_hid_dim_type"}) - without
-    path.write_text(
-        json.dumps(
-            {"_diffusers_version": "0.15.0.dev0"}
-            | {name: value for name, value in content.items() if name in kept}
-        )
-    )
+    old = {name: value for name, value in content.items() if name in kept}
+    path.write_text(json.dumps({"_diffusers_version": "0.15.0.dev0", **old}))
     assert len(content.keys() - kept) >= 7  # some are missing
     unet = load_unet(tmp_path)
     assert unet.config == expected.config
@@ -96,14 +91,9 @@ def test_the_published_schedulers():
         "trained_betas": None,
     }  # fmt: skip
     clipped = {"dynamic_thresholding_ratio": 0.95, "thresholding": True, "variance_type": "learned_range"}
-    learned = {**common, **clipped}
-    first = {
-        **learned,
-        "_diffusers_version": "0.15.0.dev0",
-        "sample_max_value": 1.5,
-        "lambda_min_clipped": -5.1,
-    }
-    assert Schedule.from_config(first, 30) == Schedule.stage_1(30)
+    learned = {**common, **clipped, "_diffusers_version": "0.15.0.dev0"}
+    first = {"sample_max_value": 1.5, "lambda_min_clipped": -5.1}
+    assert Schedule.from_config({**learned, **first}, 30) == Schedule.stage_1(30)
     assert Schedule.from_config({**learned, "sample_max_value": 1.0}, 30) == Schedule.stage_2(30)
     noising = {**common, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
     noising |= {"thresholding": False, "variance_type": "fixed_small"}

@@ -7,18 +7,18 @@ what to do about it; no file or folder is made, changed or left behind.
 import json
 import math
 import random
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtl_anagram import Cascade, Recipe, generate_anagram, repeat_anagram
+from mtl_anagram import Recipe, generate_anagram, repeat_anagram
 from mtl_anagram.errors import AnagramError, ConfigError
 from mtl_anagram.files.hub import POINTER
 from mtl_anagram.models import load_noise_clip, load_t5, load_tokenizer, load_unet
 from tests.unit import tiny
+from tests.unit.tiny_requests import REQUEST
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -26,39 +26,10 @@ UNET_1, UNET_2 = f"stage_1/unet/{WEIGHTS}", f"stage_2/unet/{WEIGHTS}"
 T5 = "stage_1/text_encoder/model.safetensors"
 IMAGE, TEXT = "noise_clip/clip_image_enc.safetensors", "noise_clip/clip_text_enc.safetensors"
 PIECES, MERGES = "stage_1/tokenizer/spiece.model", "noise_clip/merges.txt"
-REQUEST = {
-    "style": "a sketch of", "prompts": ["a duck", "a rabbit"], "views": ["identity", "rotate_cw"],
-    "num_inference_steps": 2, "size": 16,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a cascade with nothing wrong; cases damage copies of it."""
-    return tiny.write_cascade(tmp_path_factory.mktemp("whole") / "cascade")
-
-
-@pytest.fixture(scope="module")
-def cascade(whole):
-    """The same, its networks loaded once for all requests that are wrong in themselves."""
-    return Cascade.from_pretrained(whole, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def finished(cascade, tmp_path_factory):
-    """An output folder with one finished seed of stage I."""
-    out = tmp_path_factory.mktemp("finished")
-    generate_anagram(**REQUEST, save_dir=out, stop_after=16, model=cascade)
-    return out
-
-
-@pytest.fixture
-def copy(whole, tmp_path):
-    return Path(shutil.copytree(whole, tmp_path / "cascade"))
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
+def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # relative paths of the cases lead here
 
 
@@ -79,7 +50,7 @@ def load_all(folder):
 
 
 def generate(model, **changes):
-    request = {**REQUEST, "save_dir": "out", "model": model, "device": "cpu", "stop_after": 16, **changes}
+    request = {**REQUEST, "save_dir": "out", "model": model, "device": "cpu", "stop_after": 8, **changes}
     return generate_anagram(**request)
 
 
@@ -97,12 +68,12 @@ def refused(call, *fragments):
     return caught.value
 
 
-def test_the_undamaged_input_is_taken(whole, cascade, finished):
+def test_the_undamaged_input_is_taken(cascade_folder, cascade):
     """What all cases start from is valid, so that each fails for what was changed in it."""
-    load_all(whole)
+    load_all(cascade_folder)
     generate(cascade)
-    assert generate_anagram(**REQUEST, save_dir=finished, stop_after=16, model=cascade)[0].skipped
-    repeat_anagram(finished / "0000" / "metadata.json", "again", model=cascade)
+    assert generate(cascade)[0].skipped
+    repeat_anagram("out/0009/metadata.json", "again", model=cascade)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +91,16 @@ def test_the_undamaged_input_is_taken(whole, cascade, finished):
         ({"model": 3}, ["source=3", "hub id"]),
         ({"model": "no/such/folder"}, ["no/such/folder", "check the path"]),
         ({"model": 300 * "x"}, [300 * "x", "cannot be read as a path"]),
+        ({"save_dir": ""}, ["save_dir=''"]),
+        ({"save_dir": 3}, ["save_dir=3"]),
         ({"save_dir": "a\0b"}, ["\\x00"]),
+        ({"save_dir": "\ud800"}, ["\\ud800"]),
+        ({"save_dir": 300 * "x"}, [300 * "x"]),
+        ({"concepts": ["duck"]}, ["concepts", "a list of 2"]),
+        ({"views": ["identity", "pixel_permute"]}, ["size=8 px", "'pixel_permute'"]),
+        ({"stop_after": 100}, ["stop_after=100", "[8, 32]"]),
+        ({"stop_after": [8]}, ["stop_after=[8]"]),
+        ({"recipe": Recipe.released(map_resolution=7)}, ["attention at 0 px"]),
     ],
 )
 def test_arguments(cascade, changes, fragments):
@@ -142,14 +122,17 @@ DELETE = object()
         ("text_encoder", "feed_forward_proj", ["relu", None, DELETE]),
     ],
 )
-def test_configs(copy, part, field, values):
-    path, load = copy / "stage_1" / part / "config.json", {"unet": load_unet, "text_encoder": load_t5}[part]
+def test_configs(own_folder, part, field, values):
+    path, load = (
+        own_folder / "stage_1" / part / "config.json",
+        {"unet": load_unet, "text_encoder": load_t5}[part],
+    )
     content = json.loads(path.read_text())
     for value in values:
         changed = {**content, field: value}
         path.write_text(json.dumps({n: v for n, v in changed.items() if v is not DELETE}))
         error = refused(
-            lambda: load(copy / "stage_1"), field, f"{part}/config.json", "download the file again"
+            lambda: load(own_folder / "stage_1"), field, f"{part}/config.json", "download the file again"
         )
         assert isinstance(error, ConfigError)
 
@@ -158,35 +141,38 @@ def test_configs(copy, part, field, values):
     "content",
     [b"", b'{"in_channels": 3,', '{"name": "tiny"}'.encode("utf-16"), 200_000 * b'{"a":', b"3.5", b"[{}]"],
 )
-def test_files_that_are_no_json_object(copy, finished, content):
+def test_files_that_are_no_json_object(own_folder, cascade, content):
     for name in ("stage_1/unet/config.json", "stage_2/unet/config.json"):
-        before = (copy / name).read_bytes()
-        (copy / name).write_bytes(content)
-        refused(lambda: load_all(copy), name, "download")
-        (copy / name).write_bytes(before)
-    Path("metadata.json").write_bytes(content)
-    refused(lambda: repeat_anagram("metadata.json", "out", model=str(copy)), "metadata.json")
+        before = (own_folder / name).read_bytes()
+        (own_folder / name).write_bytes(content)
+        refused(lambda: load_all(own_folder), name, "download")
+        (own_folder / name).write_bytes(before)
+    metadata = Path("out/0009/metadata.json")
+    metadata.parent.mkdir(parents=True)
+    metadata.write_bytes(content)
+    refused(lambda: repeat_anagram(metadata, "again", model=cascade), "metadata.json")
+    refused(lambda: generate(cascade), "metadata.json cannot be read", "overwrite=True")
 
 
 @pytest.mark.parametrize("name", [UNET_1, UNET_2, T5, PIECES, IMAGE, TEXT, "stage_1/unet/config.json"])
-def test_a_git_lfs_pointer_is_named_with_its_remedy(copy, name):
-    (copy / name).write_bytes(POINTER + b"spec/v1\noid sha256:0123\nsize 4567\n")
-    refused(lambda: load_all(copy), name, "Git LFS pointer", "git lfs pull")
-    refused(lambda: generate(str(copy)), name, "git lfs pull")
+def test_a_git_lfs_pointer_is_named_with_its_remedy(own_folder, name):
+    (own_folder / name).write_bytes(POINTER + b"spec/v1\noid sha256:0123\nsize 4567\n")
+    refused(lambda: load_all(own_folder), name, "Git LFS pointer", "git lfs pull")
+    refused(lambda: generate(str(own_folder)), name, "git lfs pull")
 
 
 @pytest.mark.parametrize("name", [UNET_1, UNET_2, T5, IMAGE, TEXT])
-def test_weights_cut_off_or_with_a_flipped_bit_in_the_header(copy, name):
-    content, r = (copy / name).read_bytes(), random.Random(name)
+def test_weights_cut_off_or_with_a_flipped_bit_in_the_header(own_folder, name):
+    content, r = (own_folder / name).read_bytes(), random.Random(name)
     length = int.from_bytes(content[:8], "little")
     for share in (0.0, r.uniform(0, 0.01), r.uniform(0.01, 0.5), r.uniform(0.5, 1)):
-        (copy / name).write_bytes(content[: int(len(content) * share)])
-        refused(lambda: load_all(copy), name, "download it again")
+        (own_folder / name).write_bytes(content[: int(len(content) * share)])
+        refused(lambda: load_all(own_folder), name, "download it again")
     for _ in range(3):
         damaged = bytearray(content)
         damaged[r.randrange(8 + length)] ^= 1 << r.randrange(8)
-        (copy / name).write_bytes(damaged)
-        refused(lambda: load_all(copy), name)
+        (own_folder / name).write_bytes(damaged)
+        refused(lambda: load_all(own_folder), name)
 
 
 @pytest.mark.parametrize(
@@ -200,24 +186,24 @@ def test_weights_cut_off_or_with_a_flipped_bit_in_the_header(copy, name):
         (TEXT, "blocks.output.f.w", lambda t: t[:8], "from one release"),
     ],
 )
-def test_tensors_of_another_make(copy, name, tensor, change, fragment):
-    state = load_file(copy / name)
+def test_tensors_of_another_make(own_folder, name, tensor, change, fragment):
+    state = load_file(own_folder / name)
     changed = change(state.pop(tensor))
-    save_file(state if changed is None else {**state, tensor: changed.contiguous()}, copy / name)
-    refused(lambda: load_all(copy), fragment)
-    refused(lambda: generate(str(copy), stop_after=None), fragment)
+    save_file(state if changed is None else {**state, tensor: changed.contiguous()}, own_folder / name)
+    refused(lambda: load_all(own_folder), fragment)
+    refused(lambda: generate(str(own_folder), stop_after=None), fragment)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x0a\xff" * 999, b"duck\n"])
-def test_sentencepiece_files_and_merges(copy, content):
+def test_sentencepiece_files_and_merges(own_folder, content):
     for name in (PIECES, MERGES):
-        before = (copy / name).read_bytes()
-        (copy / name).write_bytes(content)
-        refused(lambda: load_all(copy), name)
-        (copy / name).write_bytes(before)
+        before = (own_folder / name).read_bytes()
+        (own_folder / name).write_bytes(content)
+        refused(lambda: load_all(own_folder), name)
+        (own_folder / name).write_bytes(before)
 
 
-def test_networks_that_do_not_belong_together(copy):
+def test_networks_that_do_not_belong_together(own_folder):
     """Refused before stage I is sampled, not after it."""
-    tiny.write_unet(copy / "stage_2" / "unet", {**tiny.STAGE_2, "encoder_hid_dim": 32})
-    refused(lambda: generate(str(copy), stop_after=None, recipe=Recipe.plain()), "encoder_hid_dim=32")
+    tiny.write_unet(own_folder / "stage_2" / "unet", {**tiny.STAGE_2, "encoder_hid_dim": 32})
+    refused(lambda: generate(str(own_folder), stop_after=None, recipe=Recipe.plain()), "encoder_hid_dim=32")

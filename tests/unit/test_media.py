@@ -1,15 +1,14 @@
-"""Files: pictures' rounding and PNGs, writes that are whole or not there, a seed's folder, what the hub answers."""
+"""Files: pictures' rounding and PNGs, writes that are whole or not there, what the hub answers."""
 
 import os
 import stat
 
-import huggingface_hub
 import pytest
 import torch
 from PIL import Image
 
 from mtl_anagram.errors import InputError, SourceError
-from mtl_anagram.files import hub, outputs
+from mtl_anagram.files import hub
 from mtl_anagram.files.atomic import write_atomically
 from mtl_anagram.files.images import encode_png, read_picture, save_picture, to_uint8, views_strip
 from mtl_anagram.views import get_views
@@ -102,85 +101,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call, error):
     assert not error.args or "/a cannot be written ([Errno 28] No space left)" in str(caught.value)
     assert (tmp_path / "a").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-REQUEST = {"prompts": ["a duck"], "recipe": {"steps": 3}, "size": 16}
-ABOUT = {"weights": {"name": "tiny", "files": {}}, "made_with": {"dtype": "float32", "device": "cpu"}}
-
-
-def finished(folder, request=None, sizes=(16,), dtype="float32", **options):
-    return outputs.finished(folder, 9, request or REQUEST, sizes, dtype=dtype, **options)
-
-
-@pytest.fixture
-def made(tmp_path):
-    """A finished folder of seed 9 with pictures of 16 px."""
-    views = get_views(["identity"])
-    outputs.write_pictures(outputs.folder_of(tmp_path, 9), 16, random_picture(16, 16), views)
-    assert finished(tmp_path) is None
-    return outputs.finish(tmp_path, 9, REQUEST, [16], ABOUT, ("said",))
-
-
-def test_a_seeds_folder_is_finished_with_its_metadata(made, tmp_path):
-    pictures = {16: tmp_path / "0009/sample_16.png"}
-    assert made == outputs.Anagram(9, tmp_path / "0009", pictures, False, ("said",))
-    names = {path.name for path in made.folder.iterdir()}
-    assert names == {"metadata.json", "sample_16.png", "sample_16.views.png"}
-    content = outputs.read_metadata(made.folder)
-    assert list(content) == ["format", "seed", "sizes", "request", "pictures", "weights", "made_with"]
-    assert content["request"] == REQUEST
-    assert finished(tmp_path) == outputs.Anagram(9, made.folder, pictures, True)
-    assert finished(tmp_path, sizes=[16, 64]) is None  # more is asked for
-    made.pictures[16].write_bytes(b"damaged")
-    assert finished(tmp_path) is None
-    (made.folder / "sample_mine.png").write_bytes(b"")
-    outputs.clear(made.folder)
-    assert [path.name for path in made.folder.iterdir()] == ["sample_mine.png"]
-    with pytest.raises(SourceError, match=r"metadata\.json"):
-        outputs.read_metadata(made.folder / "metadata.json")
-
-
-def test_another_dtype_is_said_and_another_request_refused(made, tmp_path):
-    (said,) = finished(tmp_path, dtype="bfloat16").warnings
-    assert all(word in said for word in ("float32", "bfloat16", "--overwrite", "overwrite=True"))
-    other = {**REQUEST, "recipe": {"steps": 4}}
-    with pytest.raises(InputError, match="different: recipe.*--overwrite.*overwrite=True"):
-        finished(tmp_path, other)
-    assert finished(tmp_path, other, normal=lambda request: {**request, "recipe": None}).skipped
-    upscaled = {**REQUEST, "stage_3": {"steps": 5}}  # which comes last and changes nothing before it
-    assert finished(tmp_path, upscaled).skipped
-    for content in (b"{", b"{}", b'{"request": 3}'):
-        (made.folder / "metadata.json").write_bytes(content)
-        with pytest.raises(InputError, match="cannot be read.*--overwrite"):
-            finished(tmp_path)
-
-
-def test_places_that_cannot_take_the_files(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    for folder in ("", 3, "a\0b", "\ud800", "x" * 300):
-        with pytest.raises(InputError, match="save_dir="):
-            outputs.check_folder(folder)
-    with pytest.raises(SourceError, match="save_dir=.*is a file"):
-        outputs.check_folder(tmp_path / "file/a")
-    assert outputs.check_folder(str(tmp_path / "a" / "b"), write=True) == tmp_path / "a" / "b"
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(SourceError, match="cannot be written to"):
-        outputs.check_folder(tmp_path / "0009", write=True)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [OSError(28, "No space left"), type("ConnectError", (Exception,), {"__module__": "httpx"})("no route")],
-)
-def test_a_download_that_fails(monkeypatch, error):
-    def refuse(*_, **__):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    with pytest.raises(
-        SourceError, match=f"owner/model.*config.json.*{error.args[-1]}.*connection.*give a folder"
-    ):
-        hub.open_source("owner/model", "unet", "config.json").get("config.json")
 
 
 @pytest.mark.parametrize("source", ["a--b/c", "../b", "a\0/b", "~no-such-user-0/x", "x" * 300])

@@ -38,7 +38,7 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(captions.train_merges(captions.corpus()))
 
 
-def test_a_resumed_training_is_the_uninterrupted_one(data, tokenizer, one_thread, tmp_path) -> None:
+def test_a_resumed_training_is_the_uninterrupted_one(data, tokenizer, tmp_path) -> None:
     trainer = Trainer(TINY, data, tokenizer, CONCEPTS)
     for _ in range(2):
         trainer.train_step()
@@ -64,7 +64,7 @@ def test_towers_are_taken_from_an_export(data, tokenizer, tmp_path) -> None:
         assert torch.equal(second.towers.state_dict()[name], value.half().float()), name
 
 
-def test_it_learns(data, tokenizer, one_thread) -> None:
+def test_it_learns(data, tokenizer) -> None:
     plan = dataclasses.replace(TINY, easy=10**9, floor_weight=0.0, lr=1e-3, worn=0.0)  # little noise
     images = torch.zeros(4, 64, 64, dtype=torch.uint8)
     for i in range(4):
@@ -111,7 +111,7 @@ class Reader(torch.nn.Module):
         return torch.tensor([self.names.index(name) for name in names])
 
 
-def test_a_teacher_says_what_overlaid_pictures_show(data, tokenizer, one_thread) -> None:
+def test_a_teacher_says_what_overlaid_pictures_show(data, tokenizer) -> None:
     plan = dataclasses.replace(TINY, taught=0.5, overlaid=0.4)
     teacher = Reader([*reversed(CONCEPTS)])
     trainer = Trainer(plan, data, tokenizer, CONCEPTS, teacher=teacher)

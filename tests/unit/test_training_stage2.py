@@ -21,7 +21,7 @@ CONCEPTS = ("duck", "elephant")
 
 
 @pytest.fixture
-def trainer(one_thread) -> Trainer:
+def trainer() -> Trainer:
     ink = torch.zeros(4, 64, 64, dtype=torch.uint8)
     ink[:, 12:52, 30:34] = ink[:, 30:34, 12:52] = 255
     data = {"": ink, "_shapes": ink, "_regions": ink // 255, "_labels": torch.arange(4) % 2}
