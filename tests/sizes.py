@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # The aim for the library is 9,000: 7,500 for the house, 1,500 for what is built on it. It is not reached; until it
 # is, these keep it from growing.
 LIMITS = {
-    "library lines": 10_200,
+    "library lines": 10_050,
     "entries of the package's root": 9,
-    "test lines": 11_120,
+    "test lines": 10_215,
     "longest file": 400,
     "longest function": 60,
     "README lines": 150,
