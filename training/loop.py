@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training import checkpoints, drawings
 
 CASCADE = "embedded-v5"  # the name of what is trained here
 LOGGED = 50  # steps to a line of the log
+EMA_LIMIT = 0.9985  # the average is over a few hundred steps, so it is good at any time
 MEANING = {  # of the plans' fields that are options
     "pictures": "length of the whole training, in pictures",
     "text_until": "pictures that the text encoder learns on",
@@ -28,22 +30,100 @@ MEANING = {  # of the plans' fields that are options
 }
 
 
-class Trainer(Protocol):
-    """A training's state, one step at a time. MEASURES names what train_step returns."""
+class Trainer:
+    """A training's state, one step at a time; all randomness comes from one generator."""
 
-    MEASURES: tuple[str, ...]
-    plan: Any
-    step: int  # updates since the optimizer began anew
-    seen: int  # pictures
-    seconds: float
+    MEASURES: tuple[str, ...]  # what train_step returns
+    BETAS = (0.9, 0.99)  # AdamW's
+    LARGEST = 1.0  # norm of a gradient
+    AVERAGED = True  # whether a running average of the weights is kept, and exported
 
-    def train_step(self) -> tuple[float, ...]: ...
-    def state(self) -> dict[str, Any]: ...
-    def load(self, state: dict[str, Any]) -> None: ...
-    def begin_from(self, folder: Path) -> None: ...
+    def __init__(
+        self, plan: Any, data: dict[str, Tensor], concepts: tuple[str, ...], network: Callable[[], nn.Module]
+    ) -> None:
+        torch.manual_seed(plan.seed)
+        self.plan, self.data, self.concepts = plan, data, concepts
+        self.device = next(iter(data.values())).device
+        # With a pixel's channels together, convolutions on a CPU take a quarter less time.
+        self.model = network().to(self.device, memory_format=torch.channels_last)
+        self.begin_averages()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=plan.lr, betas=self.BETAS, weight_decay=plan.weight_decay, fused=True
+        )
+        self.generator = torch.Generator(self.device).manual_seed(plan.seed + 1)
+        self.step, self.seen, self.seconds = 0, 0, 0.0  # updates of this optimizer, pictures
+
+    def train_step(self) -> tuple[float, ...]:
+        """One update; returns what MEASURES names."""
+        raise NotImplementedError
+
+    def read(self, folder: Path) -> None:
+        """Take the weights of an exported network of the same sizes."""
+        raise NotImplementedError
+
+    def begin_from(self, folder: Path) -> None:
+        """Start from an exported network; the optimizer and the averages begin anew."""
+        self.read(folder)
+        self.begin_averages()
+
+    def rate(self) -> float:
+        """The learning rate now."""
+        return self.plan.rate(self.seen)
+
+    def begin_averages(self) -> None:
+        parameters = self.model.named_parameters() if self.AVERAGED else ()
+        self.ema = {name: p.detach().clone() for name, p in parameters}
+
+    def update(self, loss: Tensor, size: int) -> float:
+        """Learn from the loss of `size` pictures, unless its gradient is not finite; returns the gradient's norm."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.LARGEST)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.seen = self.step + 1, self.seen + size
+        if self.AVERAGED:
+            average(self.ema, self.model, self.step)
+        return norm.item()
+
+    def averaged(self) -> Any:
+        """The network with its averaged weights."""
+        model = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)
+        model.load_state_dict(self.ema)
+        return model.eval()
+
+    def state(self) -> dict[str, Any]:
+        """All that a later stretch needs to go on as if there had been no break."""
+        return {
+            "plan": dataclasses.asdict(self.plan), "concepts": self.concepts, "step": self.step,
+            "seen": self.seen, "seconds": self.seconds, "model": self.model.state_dict(), "ema": self.ema,
+            "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
+        }  # fmt: skip
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.ema = {name: state["ema"][name].to(self.device) for name in self.ema}
+        self.optimizer.load_state_dict(state["optimizer"])
+        restore(self.generator, state["generator"], self.plan.seed + 1 + state["step"])
+        self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
 
 
 T = TypeVar("T", bound=Trainer)
+
+
+def fall(plan: Any, seen: int) -> float:
+    """What the learning rate is multiplied by after `seen` pictures: 1, over the last `cooldown` linearly to 0.02."""
+    return 1 - 0.98 * min(1.0, max(0.0, 1 - (plan.pictures - seen) / plan.cooldown))
+
+
+@torch.no_grad()
+def average(ema: dict[str, Tensor], module: nn.Module, step: int) -> None:
+    """Move the parameters' running averages towards the parameters as they are after `step` updates."""
+    decay = min(EMA_LIMIT, (1 + step) / (10 + step))
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    torch._foreach_lerp_([ema[name] for name in names], list(parameters), 1 - decay)
 
 
 def default_device() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from torch import Tensor
 from mtl_anagram.files.atomic import write_atomically
 from mtl_anagram.models import Judge, load_judge
 from training import drawings, loop, styles
-from training.train_stage1 import average
 
 GIVEN = ("pictures", "batch", "cooldown", "seed", "typical")  # settings of the command
 TEACHER_SEED = 5  # another start than the judge's, besides other drawings
@@ -42,34 +42,25 @@ class Plan:
 
     def rate(self, seen: int) -> float:
         """The learning rate after `seen` pictures: up over 4,000, level, then down to nearly nothing."""
-        fall = 1 - 0.98 * min(1.0, max(0.0, 1 - (self.pictures - seen) / self.cooldown))
-        return self.lr * min(1.0, (seen + 1) / 4_000) * fall
+        return self.lr * min(1.0, (seen + 1) / 4_000) * loop.fall(self, seen)
 
 
-class Trainer:
-    """The state of a training on one split, one step at a time; all randomness comes from one generator."""
+class Trainer(loop.Trainer):
+    """A classifier, learning on one split."""
 
     MEASURES = ("loss", "right")
+    BETAS, LARGEST = (0.9, 0.999), math.inf
+    model: Judge
 
     def __init__(
         self, plan: Plan, data: dict[str, Tensor], concepts: tuple[str, ...], split: str = "judge"
     ) -> None:
-        torch.manual_seed(plan.seed)
-        self.plan, self.data, self.concepts, self.split = plan, data, concepts, split
-        self.device = data[split].device
-        self.judge = Judge(list(concepts)).to(self.device, memory_format=torch.channels_last)
-        self.ema = {name: p.detach().clone() for name, p in self.judge.named_parameters()}
-        self.optimizer = torch.optim.AdamW(
-            self.judge.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, fused=True
-        )
-        self.generator = torch.Generator(self.device).manual_seed(plan.seed + 1)
+        super().__init__(plan, data, concepts, lambda: Judge(list(concepts)))
+        self.split = split
         self.rows = drawings.by_concept(data[f"{split}_labels"], len(concepts))
-        self.step, self.seen, self.seconds = 0, 0, 0.0
 
     def train_step(self) -> tuple[float, float]:
         """One update; returns the loss and the share of pictures that it named."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate(self.seen)
         g, plan, device = self.generator, self.plan, self.device
         rows, targets = drawings.draw_rows(self.rows, plan.batch, g)
         fields = drawings.augment(self.data, self.split, rows, g)
@@ -78,42 +69,16 @@ class Trainer:
         level = plan.noise * torch.rand(plan.batch, 1, 1, 1, generator=g, device=device)
         pictures = pictures + level * torch.randn(pictures.shape, generator=g, device=device)
         with loop.autocast(device):
-            logits = self.judge(pictures.contiguous(memory_format=torch.channels_last))
+            logits = self.model(pictures.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=plan.smoothing)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step, self.seen = self.step + 1, self.seen + self.plan.batch
-        average(self.ema, self.judge, self.step)
+        self.update(loss, plan.batch)
         return loss.item(), (logits.argmax(1) == targets).float().mean().item()
 
-    def averaged(self) -> Judge:
-        """The judge with its averaged weights."""
-        judge = Judge(list(self.concepts)).to(self.device)
-        judge.load_state_dict(self.ema)
-        return judge.eval()
-
-    def begin_from(self, folder: Path) -> None:
+    def read(self, folder: Path) -> None:
         """Start from an exported judge of the same names."""
         if load_judge(folder, subfolder=None).names != list(self.concepts):
             raise SystemExit(f"{folder} tells other names apart")
-        self.judge.load_state_dict(load_file(folder / "judge.safetensors"))
-        self.ema = {name: p.detach().clone() for name, p in self.judge.named_parameters()}
-
-    def state(self) -> dict[str, Any]:
-        """All that a later stretch needs to go on as if there had been no break."""
-        return {
-            "plan": dataclasses.asdict(self.plan), "concepts": self.concepts, "step": self.step,
-            "seen": self.seen, "seconds": self.seconds, "model": self.judge.state_dict(), "ema": self.ema,
-            "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
-        }  # fmt: skip
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.judge.load_state_dict(state["model"])
-        self.ema = {name: value.to(self.device) for name, value in state["ema"].items()}
-        self.optimizer.load_state_dict(state["optimizer"])
-        loop.restore(self.generator, state["generator"], self.plan.seed + 1 + state["step"])
-        self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
+        self.model.load_state_dict(load_file(folder / "judge.safetensors"))
 
 
 @torch.no_grad()

@@ -67,8 +67,7 @@ class Plan:
 
     def rate(self, seen: int) -> float:
         """The learning rate after `seen` pictures."""
-        fall = 1 - 0.98 * min(1.0, max(0.0, 1 - (self.pictures - seen) / self.cooldown))
-        return self.lr * min(1.0, (seen + 1) / self.warmup) * fall
+        return self.lr * min(1.0, (seen + 1) / self.warmup) * loop.fall(self, seen)
 
 
 class Towers(nn.Module):
@@ -99,10 +98,12 @@ class Towers(nn.Module):
         text.w_pos.normal_(std=0.1)
 
 
-class Trainer:
-    """The state of a training, one step at a time; all randomness comes from one generator."""
+class Trainer(loop.Trainer):
+    """Both encoders, learning which caption belongs to a noisy picture."""
 
     MEASURES = ("loss", "top1")
+    BETAS, AVERAGED = (0.9, 0.98), False
+    model: Towers
 
     def __init__(
         self,
@@ -122,20 +123,9 @@ class Trainer:
                 f"taught={plan.taught}, so that the teacher would not be asked: give --taught, such as 0.7, or no "
                 "--teacher"
             )
-        torch.manual_seed(plan.seed)
-        self.plan, self.data, self.concepts = plan, data, concepts
-        self.device = data["train"].device
-        self.towers = Towers(plan, tokenizer.vocab_size).to(self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.towers.parameters(),
-            lr=plan.lr,
-            betas=(0.9, 0.98),
-            weight_decay=plan.weight_decay,
-            fused=True,
-        )
+        super().__init__(plan, data, concepts, lambda: Towers(plan, tokenizer.vocab_size))
         self.teacher = None if teacher is None else teacher.to(self.device)
         self.known = None if teacher is None else teacher.index(list(concepts)).to(self.device)
-        self.generator = torch.Generator(self.device).manual_seed(plan.seed + 1)
         self.rows = drawings.by_concept(data["train_labels"], len(concepts), typical, plan.typical)
         self.diffusion = Diffusion.cosine().to(self.device)
         texts, *table = captions.caption_table(concepts)
@@ -143,17 +133,14 @@ class Trainer:
         encoded = [tokenizer.encode(text) for text in texts]
         self.lengths = torch.tensor([length for _, length in encoded], device=self.device)
         self.ids = torch.tensor([ids for ids, _ in encoded], device=self.device)[:, : int(self.lengths.max())]
-        self.step, self.seen, self.seconds = 0, 0, 0.0
 
     def texts(self, choice: Tensor) -> Tensor:
         """Embeddings of one caption for every name; choice (C,) says which of its captions."""
         picked = self.places[torch.arange(len(self.places), device=self.device), choice]
-        return self.towers.text(self.ids[picked], self.lengths[picked])  # (C, D)
+        return self.model.text(self.ids[picked], self.lengths[picked])  # (C, D)
 
     def train_step(self) -> tuple[float, float]:
         """One update; returns the loss and the share of pictures whose own caption came first."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate(self.seen)
         g, size = self.generator, self.plan.batch
         choice = torch.multinomial(self.weights, 1, generator=g)[:, 0]
         one_style = bool(torch.rand((), generator=g, device=g.device) < self.plan.one_style)
@@ -175,16 +162,11 @@ class Trainer:
         half = torch.rand(size, generator=g, device=g.device) < self.plan.half_range
         x_t = torch.where(half[:, None, None, None], x_t / 2 + 0.5, x_t)
         with loop.autocast(self.device):
-            texts, pictures = self.texts(choice), self.towers.image(x_t, t)
+            texts, pictures = self.texts(choice), self.model.image(x_t, t)
         cosines = pictures @ texts.T  # (B, C)
         loss = F.cross_entropy(self.plan.scale * cosines, wanted)
         loss = loss + self.plan.floor_weight * F.relu(self.plan.floor - cosines).square().mean()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.towers.parameters(), 1.0)
-        if torch.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step, self.seen = self.step + 1, self.seen + self.plan.batch
+        self.update(loss, size)
         return loss.item(), (cosines.argmax(1) == labels).float().mean().item()
 
     @torch.no_grad()
@@ -215,7 +197,7 @@ class Trainer:
         result: dict[str, Any] = {}
         for t in PROBES:
             steps = torch.full((len(test),), t, device=self.device)
-            pictures = self.towers.image(self.diffusion.noised(x0, steps, noise), steps)
+            pictures = self.model.image(self.diffusion.noised(x0, steps, noise), steps)
             cosines = (texts[which] @ pictures[:, :, None])[..., 0]  # (N, C), captions in the picture's style
             mine = cosines[torch.arange(len(test), device=self.device), labels]
             result[str(t)] = {
@@ -225,25 +207,10 @@ class Trainer:
             }
         return result
 
-    def begin_from(self, folder: Path) -> None:
+    def read(self, folder: Path) -> None:
         """Take the weights of an exported CLIP of the same sizes; the optimizer starts anew."""
-        for tower, name in ((self.towers.image, "clip_image_enc"), (self.towers.text, "clip_text_enc")):
+        for tower, name in ((self.model.image, "clip_image_enc"), (self.model.text, "clip_text_enc")):
             tower.load_state_dict(load_file(folder / f"{name}.safetensors"))
-
-    def state(self) -> dict[str, Any]:
-        """All that a later stretch needs to go on as if there had been no break."""
-        return {
-            "plan": dataclasses.asdict(self.plan), "concepts": self.concepts, "step": self.step,
-            "seen": self.seen, "seconds": self.seconds, "model": self.towers.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-        }  # fmt: skip
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.towers.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        loop.restore(self.generator, state["generator"], self.plan.seed + 1 + state["step"])
-        self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
 
 
 def worn(x0: Tensor, generator: torch.Generator) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -18,7 +17,6 @@ from training import captions, drawings, fewer_keys, loop, styles
 from training.diffusion import VLB_WEIGHT, Diffusion, sample, timestep_weights
 
 TEXT_DROPOUT = 0.1  # share of pictures trained on the empty prompt, for guidance
-EMA_LIMIT = 0.9985  # the average is over a few hundred steps, so it is good at any time
 GIVEN = (
     "pictures",
     "text_until",
@@ -60,8 +58,7 @@ class Plan:
 
     def rate(self, seen: int, step: int) -> float:
         """The learning rate after `seen` pictures and `step` updates of this optimizer."""
-        fall = 1 - 0.98 * min(1.0, max(0.0, 1 - (self.pictures - seen) / self.cooldown))
-        return self.lr * min(1.0, (step * self.batch + 1) / self.warmup) * fall
+        return self.lr * min(1.0, (step * self.batch + 1) / self.warmup) * loop.fall(self, seen)
 
     def keys_at(self, seen: int) -> int | None:
         """How many pixels an attention layer looks at after `seen` pictures; None = all."""
@@ -77,14 +74,6 @@ def start_near_identity(unet: UNet) -> None:
             module.conv2.weight.zero_()
         elif isinstance(module, JointAttention):
             module.to_out[0].weight.mul_(0.1)
-
-
-@torch.no_grad()
-def average(ema: dict[str, Tensor], module: nn.Module, step: int) -> None:
-    """Move the parameters' running averages towards the parameters as they are after `step` updates."""
-    decay = min(EMA_LIMIT, (1 + step) / (10 + step))
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    torch._foreach_lerp_([ema[name] for name in names], list(parameters), 1 - decay)
 
 
 class Model(nn.Module):
@@ -150,10 +139,11 @@ def chosen(context: TextContext, rows: Tensor) -> TextContext:
     )
 
 
-class Trainer:
-    """The state of a training, one step at a time; all randomness comes from one generator."""
+class Trainer(loop.Trainer):
+    """Text encoder and UNet, learning from captions and pictures."""
 
     MEASURES = ("loss", "vlb", "norm")
+    model: Model
 
     def __init__(
         self,
@@ -164,23 +154,16 @@ class Trainer:
         mask: Tensor,
         typical: Tensor | None = None,
     ) -> None:
-        torch.manual_seed(plan.seed)
-        self.plan, self.data, self.concepts = plan, data, concepts
-        self.device = data["train"].device
+        super().__init__(plan, data, concepts, lambda: Model(plan))
         self.texts, *table = captions.caption_table(concepts)
         # ids and mask are of self.texts
         self.places, self.weights, self.ids, self.mask = (x.to(self.device) for x in (*table, ids, mask))
-        # With a pixel's channels together, convolutions on a CPU take a quarter less time.
-        self.model = Model(plan).to(self.device, memory_format=torch.channels_last)
-        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True
-        )
-        self.generator = torch.Generator(self.device).manual_seed(plan.seed + 1)
         self.rows = drawings.by_concept(data["train_labels"], len(concepts), typical, plan.typical)
         self.diffusion = Diffusion.cosine().to(self.device)
         self.timesteps = timestep_weights().to(self.device)
-        self.step, self.seen, self.seconds = 0, 0, 0.0
+
+    def rate(self) -> float:
+        return self.plan.rate(self.seen, self.step)
 
     def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pictures (B, 3, 64, 64), their noise, timesteps (B,) and captions (B,), long into self.texts."""
@@ -197,8 +180,6 @@ class Trainer:
 
     def train_step(self) -> tuple[float, float, float]:
         """One update; returns the noise's error, the bound and the gradient's norm."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate(self.seen, self.step)
         if self.seen >= self.plan.text_until:
             self.freeze_text()
         x0, noise, t, texts = self.batch(self.plan.batch)
@@ -210,15 +191,8 @@ class Trainer:
                 keys=self.plan.keys_at(self.seen), generator=self.generator,
             )  # fmt: skip
         simple, bound = self.diffusion.losses(prediction, x0, x_t, t, noise)
-        loss = simple.mean() + VLB_WEIGHT * bound.mean()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if torch.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step, self.seen = self.step + 1, self.seen + self.plan.batch
-        average(self.ema, self.model, self.step)
-        return simple.mean().item(), bound.mean().item(), norm.item()
+        norm = self.update(simple.mean() + VLB_WEIGHT * bound.mean(), len(x0))
+        return simple.mean().item(), bound.mean().item(), norm
 
     def freeze_text(self) -> None:
         """From now on the text encoder is its average, and stays."""
@@ -228,37 +202,19 @@ class Trainer:
             for name, parameter in self.model.t5.named_parameters():
                 parameter.copy_(self.ema[f"t5.{name}"]).requires_grad_(False)
 
-    def state(self) -> dict[str, Any]:
-        """All that a later stretch needs to go on as if there had been no break."""
-        return {
-            "plan": dataclasses.asdict(self.plan), "concepts": self.concepts, "step": self.step,
-            "seen": self.seen, "seconds": self.seconds, "model": self.model.state_dict(), "ema": self.ema,
-            "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
-        }  # fmt: skip
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.ema = {name: value.to(self.device) for name, value in state["ema"].items()}
-        self.optimizer.load_state_dict(state["optimizer"])
-        loop.restore(self.generator, state["generator"], self.plan.seed + 1 + state["step"])
-        self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
-
-    def begin_from(self, folder: Path) -> None:
+    def read(self, folder: Path) -> None:
         """Start from an exported stage I of the same sizes."""
         self.model.unet.load_state_dict(load_file(folder / "unet/diffusion_pytorch_model.safetensors"))
         self.model.t5.load_state_dict(load_file(folder / "text_encoder/model.safetensors"))
-        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     def samples(self, count: int, steps: int, guidance: float, seed: int) -> Tensor:
         """`count` pictures of every concept from the averaged weights, (C * count, 3, 64, 64)."""
-        model = Model(self.plan).to(self.device)
-        model.load_state_dict(self.ema)
-        return sample_concepts(model.eval(), self, count, steps, guidance, seed)
+        return sample_concepts(self.averaged(), self, count, steps, guidance, seed)
 
 
 @torch.no_grad()
 def sample_concepts(
-    model: Model, trainer: Trainer, count: int, steps: int, guidance: float, seed: int
+    model: nn.Module, trainer: Trainer, count: int, steps: int, guidance: float, seed: int
 ) -> Tensor:
     """Guided samples of every concept, the styles in turn; the text is encoded as the library does."""
     words = list({style: words for words, style in styles.STYLES.items()}.values())

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtl_anagram.models.configs import UNetConfig
 from mtl_anagram.models.unet import UNet
 from training import drawings, loop, styles
 from training.diffusion import STEPS, VLB_WEIGHT, Diffusion, sample
-from training.train_stage1 import average, start_near_identity
+from training.train_stage1 import start_near_identity
 
 SIZE = 256
 OUT_SCALE = 1.4142271248762552  # the released stage II's, 1/0.7071
@@ -52,8 +51,7 @@ class Plan:
 
     def rate(self, seen: int) -> float:
         """The learning rate after `seen` pictures."""
-        fall = 1 - 0.98 * min(1.0, max(0.0, 1 - (self.pictures - seen) / self.cooldown))
-        return self.lr * min(1.0, (seen + 1) / self.warmup) * fall
+        return self.lr * min(1.0, (seen + 1) / self.warmup) * loop.fall(self, seen)
 
     def stretch(self, seen: int) -> tuple[int, int]:
         """The side of the squares after `seen` pictures, and the batch's size: the same number of pixels."""
@@ -123,13 +121,11 @@ def pass_through(unet: UNet) -> None:
             unet.conv_out.weight[channel // 2, channel, 1, 1] = sign
 
 
-class Trainer:
-    """The state of a training, one step at a time; all randomness comes from one generator.
-
-    Its text entries are zero (`leave_out_text`), so one text stands for all.
-    """
+class Trainer(loop.Trainer):
+    """Stage II's UNet. Its text entries are zero (`leave_out_text`), so one text stands for all."""
 
     MEASURES = ("loss", "coarse", "vlb", "norm")
+    model: UNet
 
     def __init__(
         self,
@@ -138,18 +134,9 @@ class Trainer:
         concepts: tuple[str, ...],
         typical: Tensor | None = None,
     ) -> None:
-        torch.manual_seed(plan.seed)
-        self.plan, self.data, self.concepts = plan, data, concepts
-        self.device = data["train"].device
-        self.unet = network(plan).to(self.device, memory_format=torch.channels_last)
-        self.ema = {name: p.detach().clone() for name, p in self.unet.named_parameters()}
-        self.optimizer = torch.optim.AdamW(
-            self.unet.parameters(), lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True
-        )
-        self.generator = torch.Generator(self.device).manual_seed(plan.seed + 1)
+        super().__init__(plan, data, concepts, lambda: network(plan))
         self.rows = drawings.by_concept(data["train_labels"], len(concepts), typical, plan.typical)
         self.diffusion = Diffusion.cosine().to(self.device)
-        self.step, self.seen, self.seconds = 0, 0, 0.0
 
     def text(self, count: int) -> Tensor:
         """A text for as many pictures: what it says changes nothing."""
@@ -176,8 +163,6 @@ class Trainer:
 
     def train_step(self) -> tuple[float, float, float, float]:
         """One update; returns the noise's error, its coarse part, the bound and the gradient's norm."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate(self.seen)
         g = self.generator
         side, size = self.plan.stretch(self.seen)
         x0, large = self.batch(side, size)
@@ -187,47 +172,22 @@ class Trainer:
         level = torch.randint(self.plan.noise_level + 1, (size,), generator=g, device=g.device)
         low = self.diffusion.noised(large, level, torch.randn(large.shape, generator=g, device=g.device))
         with loop.autocast(self.device):
-            prediction = self.unet(torch.cat([x_t, low], 1), t, self.text(size), class_labels=level)
+            prediction = self.model(torch.cat([x_t, low], 1), t, self.text(size), class_labels=level)
         simple, bound = self.diffusion.losses(prediction, x0, x_t, t, noise)
         coarse = coarse_errors(prediction[:, :3].float() - noise)
         weight = self.diffusion.weight_of_picture(t)
-        (((simple + COARSE * coarse) * weight).mean() + VLB_WEIGHT * bound.mean()).backward()
-        norm = nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
-        if torch.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step, self.seen = self.step + 1, self.seen + size
-        average(self.ema, self.unet, self.step)
-        return simple.mean().item(), coarse.mean().item(), bound.mean().item(), norm.item()
+        norm = self.update(((simple + COARSE * coarse) * weight).mean() + VLB_WEIGHT * bound.mean(), size)
+        return simple.mean().item(), coarse.mean().item(), bound.mean().item(), norm
 
-    def begin_from(self, folder: Path) -> None:
+    def read(self, folder: Path) -> None:
         """Start from an exported stage II of the same sizes."""
-        self.unet.load_state_dict(load_file(folder / "unet/diffusion_pytorch_model.safetensors"))
-        leave_out_text(self.unet)
-        self.ema = {name: p.detach().clone() for name, p in self.unet.named_parameters()}
-
-    def state(self) -> dict[str, Any]:
-        """All that a later stretch needs to go on as if there had been no break."""
-        return {
-            "plan": dataclasses.asdict(self.plan), "concepts": self.concepts, "step": self.step,
-            "seen": self.seen, "seconds": self.seconds, "model": self.unet.state_dict(), "ema": self.ema,
-            "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
-        }  # fmt: skip
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.unet.load_state_dict(state["model"])
-        self.ema = {name: value.to(self.device) for name, value in state["ema"].items()}
-        self.optimizer.load_state_dict(state["optimizer"])
-        loop.restore(self.generator, state["generator"], self.plan.seed + 1 + state["step"])
-        self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
+        self.model.load_state_dict(load_file(folder / "unet/diffusion_pytorch_model.safetensors"))
+        leave_out_text(self.model)
 
     @torch.no_grad()
     def samples(self, count: int = 6, steps: int = 12, level: int = 50) -> Tensor:
         """Held-out drawings enlarged by the averaged weights, above the drawings themselves."""
-        unet = network(self.plan).to(self.device)
-        unet.load_state_dict(self.ema)
-        unet.eval()
-        g = torch.Generator(self.device).manual_seed(11)
+        unet, g = self.averaged(), torch.Generator(self.device).manual_seed(11)
         rows = drawings.held_out(self.data["test_labels"], count, g)
         fields = drawings.augment(self.data, "test", rows, g, SIZE)
         which = torch.arange(count, device=g.device) % len(styles.PAINTS)

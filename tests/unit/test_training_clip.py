@@ -49,19 +49,19 @@ def test_a_resumed_training_is_the_uninterrupted_one(data, tokenizer, tmp_path) 
     assert state is not None
     again.load(state)
     assert [again.train_step() for _ in range(3)] == later
-    for name, value in trainer.towers.state_dict().items():
-        assert torch.equal(value, again.towers.state_dict()[name]), name
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
 
 
 def test_towers_are_taken_from_an_export(data, tokenizer, tmp_path) -> None:
     first = Trainer(TINY, data, tokenizer, CONCEPTS)
     first.train_step()
-    save_module(first.towers.image, tmp_path / "clip_image_enc.safetensors", torch.float16)
-    save_module(first.towers.text, tmp_path / "clip_text_enc.safetensors", torch.float16)
+    save_module(first.model.image, tmp_path / "clip_image_enc.safetensors", torch.float16)
+    save_module(first.model.text, tmp_path / "clip_text_enc.safetensors", torch.float16)
     second = Trainer(TINY, data, tokenizer, CONCEPTS)
     second.begin_from(tmp_path)
-    for name, value in first.towers.state_dict().items():
-        assert torch.equal(second.towers.state_dict()[name], value.half().float()), name
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value.half().float()), name
 
 
 def test_it_learns(data, tokenizer) -> None:

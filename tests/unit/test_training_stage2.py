@@ -42,7 +42,7 @@ def test_it_begins_as_x_t(trainer: Trainer) -> None:
     g = torch.Generator().manual_seed(1)
     x, low = 0.7 * torch.randn(2, 3, 64, 64, generator=g), torch.randn(2, 3, 64, 64, generator=g)
     with torch.no_grad():
-        out = trainer.unet(
+        out = trainer.model(
             torch.cat([x, low], 1),
             torch.tensor([3, 950]),
             trainer.text(2),
@@ -68,13 +68,13 @@ def test_no_prompt_changes_it(trainer: Trainer, tmp_path) -> None:
 
     for _ in range(3):
         trainer.train_step()
-    assert difference(trainer.unet) == 0
-    torch.nn.init.normal_(trainer.unet.encoder_hid_proj.weight)
-    torch.nn.init.normal_(trainer.unet.add_embedding.norm2.weight)
-    assert difference(trainer.unet) > 1e-4
-    save_module(trainer.unet, tmp_path / "unet/diffusion_pytorch_model.safetensors", torch.float32)
+    assert difference(trainer.model) == 0
+    torch.nn.init.normal_(trainer.model.encoder_hid_proj.weight)
+    torch.nn.init.normal_(trainer.model.add_embedding.norm2.weight)
+    assert difference(trainer.model) > 1e-4
+    save_module(trainer.model, tmp_path / "unet/diffusion_pytorch_model.safetensors", torch.float32)
     trainer.begin_from(tmp_path)
-    assert difference(trainer.unet) == 0
+    assert difference(trainer.model) == 0
 
 
 def test_noise_goes_astray_in_the_coarse_alone() -> None:
