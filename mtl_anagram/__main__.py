@@ -262,6 +262,8 @@ def _partners(options: argparse.Namespace) -> None:
     from .cascade import embedded_folder
     from .evaluation.arguments import judge_of
     from .evaluation.partners import TABLE, measure_partners, partners_of
+    from .files.hub import read_json
+    from .models.prompts import with_article
 
     model = Path(options.model or embedded_folder())
     if options.measure:
@@ -271,9 +273,14 @@ def _partners(options: argparse.Namespace) -> None:
         given |= {"names": options.concepts, "seeds": parse_seeds(options.seed)}
         measure_partners(cascade, out, judge=judge_of(options, model), **given)
     table = os.path.join(out, TABLE) if options.measure else options.table or model / TABLE
-    for row in partners_of(table, options.name)[: options.top]:
+    rows = partners_of(table, options.name)
+    for row in rows[: options.top]:
         read = "" if row.read is None else f"  read both ways {row.read:4.0%}"
         log.info(f"{row.first} / {row.second}, {row.view}{read}  score {row.score:.2f}")
+    best = f'"{with_article(rows[0].first)}" "{with_article(rows[0].second)}" --views identity {rows[0].view}'
+    source = "" if options.model is None else f" --model {options.model}"
+    style = read_json(Path(table)).get("style", "")
+    log.info(f'\nmtl-anagram generate {best} --style "{style}" --best-of 8{source}')
 
 
 def _animate(options: argparse.Namespace) -> None:

@@ -30,10 +30,6 @@ class LatentState(StepState):
 
     picture: Tensor | None = None
 
-    @property
-    def latents(self) -> Tensor:
-        return self.x
-
 
 def sample_stage3(
     unet: Callable[..., Tensor],

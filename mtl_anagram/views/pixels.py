@@ -145,7 +145,6 @@ class SquareHinge(IndexView):
     """3 x 3 squares of N // 3 px, the first and every second turned a quarter clockwise, the others back.
 
     What is left over stays: the last row and column where 1 px is over, the first and the last where 2 are.
-    (Pictures of version 0.1 have the inverse.)
     """
 
     name, sizes = "square_hinge", "at least 3"

@@ -80,7 +80,7 @@ def test_states_and_the_draws():
     states = run(["identity", "flip"], unet=unet, generators=generators)
     assert [state.index for state in states] == [0, 1, 2, 3, 4]
     assert [state.timestep for state in states] == [801, 601, 401, 201, 1]
-    assert all(state.latents.shape == (2, 1, 3, 8, 8) for state in states)
+    assert all(state.x.shape == (2, 1, 3, 8, 8) for state in states)
     assert states[-1].picture.shape == (2, 3, 32, 32)
     assert states[-1].picture.abs().max() <= 1
     assert states[0].weights.tolist() == [[1, 0], [1, 0]]
@@ -117,7 +117,7 @@ def test_an_image_is_what_it_is_alone(mode):
     both = run(["identity", "rotate_cw"], low_res=low_res, **options)
     alone = run(["identity", "rotate_cw"], low_res=low_res[1:], seeds=(1,), **options)
     for together, one in zip(both, alone, strict=True):
-        assert torch.equal(together.latents[1:], one.latents)
+        assert torch.equal(together.x[1:], one.x)
         assert torch.equal(together.scale[1:], one.scale)
     assert torch.equal(both[-1].picture[1:], alone[-1].picture)
 
@@ -136,7 +136,7 @@ def test_one_view_alone_is_the_published_sampling_exactly(autoencoder, mode):
     published = run(["identity"], **autoencoder)
     ours = run(["identity"], upscale=upscale(mode), **autoencoder)
     assert torch.equal(ours[-1].picture, published[-1].picture)
-    assert torch.equal(ours[-1].latents, published[-1].latents)
+    assert torch.equal(ours[-1].x, published[-1].x)
 
 
 @pytest.mark.parametrize("mode", ["all", "all_latents"])
@@ -163,7 +163,7 @@ def test_both_ways_agree_where_the_decoder_is_blind_to_the_view(view, recipe):
     for one, other in zip(pixels, latents, strict=True):
         assert relative(one.scale, other.scale) < 1e-4
         assert torch.equal(one.weights, other.weights)
-        assert relative(one.latents[:, 0], other.latents[:, 0]) < 1e-4
+        assert relative(one.x[:, 0], other.x[:, 0]) < 1e-4
     assert relative(pixels[-1].picture, latents[-1].picture) < 1e-4
     scaled = recipe.rectification
     assert ((pixels[2].scale - 1).abs().min() > 1e-4) == scaled
@@ -182,7 +182,7 @@ def test_every_permutation_is_exact_in_the_algebra_on_latents(name):
     texts = torch.randn(1, 4, 6)
     published = run(["identity"], texts=texts, **options)[-1]
     ours = run([name], texts=texts, upscale=upscale("all_latents"), **options)[-1]
-    assert torch.equal(ours.latents, published.latents)
+    assert torch.equal(ours.x, published.x)
 
 
 @pytest.mark.parametrize("name", [*RIGID, "patch_permute", "inner_circle"])
@@ -216,7 +216,7 @@ def test_negation_is_for_pixels():
     texts = torch.randn(1, 4, 6)
     published = run(["identity"], texts=texts)[-1]
     negated = run(["negate"], texts=texts, upscale=upscale("all"))[-1]
-    assert torch.equal(negated.latents, -published.latents)
+    assert torch.equal(negated.x, -published.x)
     assert torch.equal(negated.picture, published.picture)
 
 
@@ -230,7 +230,7 @@ def test_the_exchange_draws_the_views_together():
             upscale=upscale("all", exchange_every=every, num_inference_steps=10),
             recipe=Recipe.plain(),
         )
-        seen = [decode(states[-2].latents[:, i]) for i in range(2)]
+        seen = [decode(states[-2].x[:, i]) for i in range(2)]
         return (views[0].inverse_view(seen[0]) - views[1].inverse_view(seen[1])).abs().mean()
 
     assert disagreement(1) < 1e-5  # this toy's decoder is blind to turns: they are one picture
