@@ -10,34 +10,21 @@ from mtl_anagram.sampling import Schedule, ddpm_step
 from tests.helpers import relative
 
 STAGE_1 = {
-    "_class_name": "DDPMScheduler",
-    "beta_end": 0.02,
-    "beta_schedule": "squaredcos_cap_v2",
-    "beta_start": 0.0001,
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-    "dynamic_thresholding_ratio": 0.95,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.5,
-    "thresholding": True,
-    "trained_betas": None,
-    "variance_type": "learned_range",
-    "lambda_min_clipped": -5.1,
-}
+    "_class_name": "DDPMScheduler", "beta_end": 0.02, "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001,
+    "clip_sample": True, "clip_sample_range": 1.0, "dynamic_thresholding_ratio": 0.95, "lambda_min_clipped": -5.1,
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "sample_max_value": 1.5, "thresholding": True,
+    "trained_betas": None, "variance_type": "learned_range",
+}  # fmt: skip
 CONFIGS = {
     "stage_1": STAGE_1,
     "stage_2": {**STAGE_1, "sample_max_value": 1.0},
     "noising": {
-        **STAGE_1,
-        "sample_max_value": 1.0,
-        "thresholding": False,
+        **STAGE_1, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0, "thresholding": False,
         "variance_type": "fixed_small",
-        "dynamic_thresholding_ratio": 0.995,
     },
     "unclipped": {**STAGE_1, "thresholding": False, "clip_sample": False},
     "clipped": {**STAGE_1, "thresholding": False, "clip_sample_range": 0.8},
-}
+}  # fmt: skip
 
 
 def reference_of(config, steps):
@@ -97,9 +84,8 @@ def test_large_pictures():
     want = reference.step(torch.cat([noise, noise], 1), 0, x).prev_sample
     assert relative(ddpm_step(noise, noise, x, 0, ours), want) < 1e-6
     many = x.expand(6, -1, -1, -1)  # 18.9 million values
-    assert torch.equal(
-        ddpm_step(noise.expand_as(many), None, many, 0, ours)[5:], ddpm_step(noise, None, x, 0, ours)
-    )
+    of_many = ddpm_step(noise.expand_as(many), None, many, 0, ours)
+    assert torch.equal(of_many[5:], ddpm_step(noise, None, x, 0, ours))
 
 
 @pytest.mark.parametrize("t", [0, 50, 250, 999])

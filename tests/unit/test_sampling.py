@@ -27,9 +27,6 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# Balancing
-
-
 @pytest.mark.parametrize("step, horizon", [(0, 30), (1, 30), (29, 30), (99, 30), (5, 10)])
 def test_balance_is_the_formula(step, horizon):
     scores = torch.tensor([[0.3, 0.2, 0.25], [0.11, 0.4, 0.9]])
@@ -53,15 +50,11 @@ def test_balance_of_cosines_without_a_power():
 
 def test_balance_is_symmetric_and_by_row():
     scores = torch.rand(4, 3, generator=seeded()) + 0.05
-    weights = balance(scores, 12)
-    for order in itertools.permutations(range(3)):
-        assert torch.allclose(balance(scores[:, order], 12), weights[:, order])
+    weights, order = balance(scores, 12), [2, 0, 1]
+    assert torch.allclose(balance(scores[:, order], 12), weights[:, order])
     assert torch.equal(balance(scores[2:3], 12), weights[2:3])
     assert torch.equal(balance(torch.tensor([[0.3]]), 7), torch.ones(1, 1))
     assert balance(scores.half(), 3).dtype == torch.float32
-
-
-# Rectification
 
 
 def correlated(correlation, power=(1.0, 1.0), size=256):
@@ -117,26 +110,19 @@ def test_rectify_where_there_is_nothing_to_divide_by():
     assert torch.allclose(rectify(zero, half[:1]), torch.tensor(math.sqrt(2)))
 
 
-# Token maps and their loss
-
-
 def slow_loss(maps, measure):
     """The loss of one image's maps (V, h, w) pixel by pixel, in Python numbers."""
-    maps = [[value for row in view for value in row] for view in maps.tolist()]
-    count = len(maps)
-    wanted = 0.5 - 0.05 * (count - 1)
+    maps = [view.flatten().tolist() for view in maps]
+    wanted = 0.5 - 0.05 * (len(maps) - 1)
     if measure == "iou":
         maps = [[value / sum(view) for value in view] for view in maps]
         wanted = wanted / (1 - wanted)
     gaps = []
-    for i in range(count):
-        for j in range(i + 1, count):
-            shared = sum(min(a, b) for a, b in zip(maps[i], maps[j], strict=True))
-            whole = sum(
-                (max(a, b) if measure == "iou" else a + b) for a, b in zip(maps[i], maps[j], strict=True)
-            )
-            gaps.append(abs(wanted - shared / whole))
-    return 2 / (count * (count - 1)) * sum(gaps)
+    for one, other in itertools.combinations(maps, 2):
+        shared = sum(map(min, one, other))
+        whole = sum(map(max, one, other)) if measure == "iou" else sum(one) + sum(other)
+        gaps.append(abs(wanted - shared / whole))
+    return sum(gaps) / len(gaps)
 
 
 @pytest.mark.parametrize("measure", ["overlap", "iou"])
@@ -147,8 +133,6 @@ def test_loss_against_a_double_loop(count, measure):
     loss = anti_segregation_loss(maps, measure=measure)
     assert loss.shape == (3,)
     assert relative(loss, torch.tensor([slow_loss(m, measure) for m in maps])) < 1e-5
-    for order in itertools.permutations(range(count)):
-        assert torch.allclose(anti_segregation_loss(maps[:, order], measure=measure), loss)
 
 
 def test_loss_by_hand_and_of_one_view_and_of_empty_maps():
@@ -203,9 +187,6 @@ def test_gradient_step_is_plain_descent_image_by_image():
     assert torch.allclose(alone, moved[1:2], atol=1e-12)
 
 
-# Guidance and combination
-
-
 def test_guide_and_combine():
     null, text = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.0])
     assert torch.equal(guide(null, text, 10.0), torch.tensor([11.0, -18.0]))
@@ -215,9 +196,6 @@ def test_guide_and_combine():
     want = torch.stack([scale[b] * sum(weights[b, v] * noise[b, v] for v in range(3)) for b in range(2)])
     assert relative(combine(noise, weights, scale), want) < 1e-6
     assert relative(combine(noise, weights), want / scale[:, None, None, None]) < 1e-6
-
-
-# Schedule
 
 
 def test_a_step_needs_what_it_uses():

@@ -16,29 +16,17 @@ from mtl_anagram.models.unet import UNet
 WORDS = ["a", "duck", "rabbit", "sketch", "of", "the", "sea", "turtle", "big", "cat", "house", "photo", "an"]
 MERGES = ["d u", "du c", "duc k</w>", "c a", "ca t</w>"]
 STAGE_1 = {
-    "block_out_channels": [8, 16, 16, 16],
-    "layers_per_block": 1,
-    "cross_attention_dim": 32,
-    "encoder_hid_dim": 16,
+    "addition_embed_type_num_heads": 2, "attention_head_dim": 8, "block_out_channels": [8, 16, 16, 16],
+    "cross_attention_dim": 32, "encoder_hid_dim": 16, "in_channels": 3, "layers_per_block": 1, "norm_num_groups": 4,
     "down_block_types": ["ResnetDownsampleBlock2D"] + 3 * ["SimpleCrossAttnDownBlock2D"],
     "up_block_types": 3 * ["SimpleCrossAttnUpBlock2D"] + ["ResnetUpsampleBlock2D"],
-    "in_channels": 3,
-    "attention_head_dim": 8,
-    "addition_embed_type_num_heads": 2,
-    "norm_num_groups": 4,
-}
+}  # fmt: skip
 STAGE_2 = {
-    **STAGE_1,
-    "block_out_channels": [8, 8, 8, 16, 16],
+    **STAGE_1, "block_out_channels": [8, 8, 8, 16, 16], "class_embed_type": "timestep", "in_channels": 6,
     "down_block_types": 3 * ["ResnetDownsampleBlock2D"] + 2 * ["SimpleCrossAttnDownBlock2D"],
     "up_block_types": 2 * ["SimpleCrossAttnUpBlock2D"] + 3 * ["ResnetUpsampleBlock2D"],
-    "in_channels": 6,
-    "sample_size": 256,
-    "class_embed_type": "timestep",
-    "time_embedding_dim": 32,
-    "time_embedding_act_fn": "gelu",
-    "resnet_skip_time_act": True,
-}
+    "resnet_skip_time_act": True, "sample_size": 256, "time_embedding_act_fn": "gelu", "time_embedding_dim": 32,
+}  # fmt: skip
 # In place of a stage's own: quick to compile.
 TWO_LEVELS = {
     "block_out_channels": [8, 16],
@@ -51,13 +39,8 @@ def sentencepiece_model(extra: list[str] | None = None) -> bytes:
     """A small unigram model with T5's special ids, trained on the spot."""
     import sentencepiece
 
-    corpus = [
-        " ".join(WORDS),
-        *WORDS * 20,
-        *(extra or []),
-        "abcdefghijklmnopqrstuvwxyz",
-        "A B C . , ! 0 1 2 3",
-    ]
+    letters = ["abcdefghijklmnopqrstuvwxyz", "A B C . , ! 0 1 2 3"]
+    corpus = [" ".join(WORDS), *WORDS * 20, *(extra or []), *letters]
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus), model_writer=out, vocab_size=64, hard_vocab_limit=False,
