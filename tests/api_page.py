@@ -38,9 +38,8 @@ def signature(called: Callable[..., Any], name: str) -> str:
         if parameter.annotation is not parameter.empty:
             text += f": {words(parameter.annotation)}"
         if parameter.default is not parameter.empty:
-            text += " = " + re.sub(
-                r"<(?:built-in method|function) (\w+).*? at 0x\w+>", r"\1", repr(parameter.default)
-            )
+            default = repr(parameter.default)
+            text += " = " + re.sub(r"<(?:built-in method|function) (\w+).*? at 0x\w+>", r"\1", default)
         parts.append(text)
     text = f"{name}({', '.join(parts)})"
     if not inspect.isclass(called) and found.return_annotation is not found.empty:
@@ -111,14 +110,7 @@ def page() -> str:
                 text = "\n".join(described(name.rpartition(".")[2], value))
             else:  # a constant
                 text = f"{name} = {value!r}"
-            lines += [
-                f"### {name}",
-                "",
-                "```text",
-                *(line.rstrip() for line in text.strip().splitlines()),
-                "```",
-                "",
-            ]
+            lines += [f"### {name}", "", "```text", *map(str.rstrip, text.strip().splitlines()), "```", ""]
     return "\n".join(line for i, line in enumerate(lines) if line or i == 0 or lines[i - 1])
 
 

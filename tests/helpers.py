@@ -7,6 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Operations(TorchDispatchMode):
+    """Tells seen(name, tensors) of every operation, gradients' too: its name, and the tensors that it makes."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves(made) if isinstance(value, torch.Tensor)]
+        self.seen(function.overloadpacket._qualified_op_name.partition("::")[2], tensors)
+        return made
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -9,9 +9,16 @@ from mtl_anagram.cascade import embedded_folder
 from mtl_anagram.files.hub import read_json
 from mtl_anagram.models import load_t5, load_tokenizer, load_unet
 from mtl_anagram.sampling import Schedule
-from tests.helpers import relative
+from tests.helpers import noise, relative
 
 STAGE_1, STAGE_2 = embedded_folder() / "stage_1", embedded_folder() / "stage_2"
+
+
+def unets(stage):
+    """A stage's UNet: ours, theirs."""
+    options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    theirs = UNet2DConditionModel.from_pretrained(stage / "unet", **options)
+    return load_unet(stage, dtype=torch.float32), theirs
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +27,8 @@ def text():
     ids, mask = load_tokenizer(STAGE_1)(["a poster of a duck", "A Rabbit ", "an elephant", ""])
     theirs = T5EncoderModel.from_pretrained(STAGE_1 / "text_encoder", dtype=torch.float32)
     with torch.no_grad():
-        return (
-            load_t5(STAGE_1, dtype=torch.float32)(ids, mask),
-            theirs(ids, attention_mask=mask).last_hidden_state,
-        )
+        ours = load_t5(STAGE_1, dtype=torch.float32)(ids, mask)
+        return ours, theirs(ids, attention_mask=mask).last_hidden_state
 
 
 def test_the_text_encoder(text):
@@ -31,14 +36,7 @@ def test_the_text_encoder(text):
 
 
 def test_the_unet(text):
-    theirs = UNet2DConditionModel.from_pretrained(
-        STAGE_1 / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False
-    )
-    ours = load_unet(STAGE_1, dtype=torch.float32)
-    x, t = (
-        torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([957, 500, 33, 0]),
-    )
+    (ours, theirs), x, t = unets(STAGE_1), noise(4, 3, 64, 64), torch.tensor([957, 500, 33, 0])
     with torch.no_grad():
         expected = theirs(x, t, text[1]).sample
         assert relative(ours(x, t, text[0]), expected) < 1e-5
@@ -47,11 +45,7 @@ def test_the_unet(text):
 
 def test_stage_2(text):
     """Of 64 px, which its convolutions take as well, at a noise level of its low-resolution picture."""
-    theirs = UNet2DConditionModel.from_pretrained(
-        STAGE_2 / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False
-    )
-    ours = load_unet(STAGE_2, dtype=torch.float32)
-    x, t = torch.randn(2, 6, 64, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([957, 33])
+    (ours, theirs), x, t = unets(STAGE_2), noise(2, 6, 64, 64), torch.tensor([957, 33])
     levels = torch.tensor([50, 250])
     with torch.no_grad():
         expected = theirs(x, t, text[1][:2], class_labels=levels).sample
@@ -64,9 +58,7 @@ def test_stage_2(text):
 def test_the_schedule():
     config = STAGE_1 / "scheduler" / "scheduler_config.json"
     ours = Schedule.from_config(read_json(config), 30)
-    assert ours == Schedule.stage_2(
-        30
-    )  # pictures are kept in [-1, 1] by a clamp (training/export.py says why)
+    assert ours == Schedule.stage_2(30)  # pictures are clamped to [-1, 1]; training/export.py says why
     theirs = DDPMScheduler.from_pretrained(STAGE_1 / "scheduler")
     theirs.set_timesteps(30)
     assert tuple(theirs.timesteps.tolist()) == ours.timesteps

@@ -80,13 +80,6 @@ def test_padding_of_the_null_prompt_gives_identical_rows():
     assert relative(states, reference(input_ids=ids, attention_mask=mask).last_hidden_state[0]) <= 1e-5
 
 
-@torch.no_grad()
-def test_padding_does_not_change_the_text():
-    ours, _ = pair("heads times d_kv = d_model")
-    ids, mask = batch(10)
-    assert relative(ours(ids, mask)[1, :5], ours(ids[1:, :5])[0]) <= 1e-5
-
-
 def test_buckets_equal_the_reference_at_every_distance():
     from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -102,18 +95,14 @@ def test_buckets_equal_the_reference_at_every_distance():
 @torch.no_grad()
 def test_half_precision_stays_finite_where_sums_leave_its_range(wo_in_float32):
     ours, _ = pair("heads times d_kv = d_model")
-    for block in ours.encoder.block:
-        block.layer[1].DenseReluDense.wi_0.weight *= 60
-        block.layer[1].DenseReluDense.wi_1.weight *= 60
-        block.layer[1].DenseReluDense.wo.weight *= 20
-    ids, mask = batch(12)
-    captured = {}
-    feed_forward = ours.encoder.block[0].layer[1].DenseReluDense
-    feed_forward.register_forward_hook(
-        lambda module, inputs, output: captured.update(peak=output.abs().max())
-    )
+    peaks, (ids, mask) = [], batch(12)
+    for feed_forward in (block.layer[1].DenseReluDense for block in ours.encoder.block):
+        feed_forward.wi_0.weight *= 60
+        feed_forward.wi_1.weight *= 60
+        feed_forward.wo.weight *= 20
+        feed_forward.register_forward_hook(lambda module, inputs, output: peaks.append(output.abs().max()))
     expected = ours(ids, mask)
-    assert captured["peak"] > 65504  # more than half precision can hold
+    assert peaks[0] > 65504  # more than half precision can hold
     for name, parameter in ours.named_parameters():
         if not (wo_in_float32 and name.endswith(".wo.weight")):
             parameter.data = parameter.data.half()
@@ -139,9 +128,8 @@ def test_our_config_file_is_read_by_the_reference_and_back(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(ours.to_dict()))
     theirs = ReferenceConfig.from_pretrained(tmp_path)
     assert T5Config.from_dict(theirs.to_dict()) == ours
-    reference = T5EncoderModel(
-        ReferenceConfig(**{**ours.to_dict(), "num_layers": 1, "d_model": 8, "d_ff": 8})
-    )
+    small = {**ours.to_dict(), "num_layers": 1, "d_model": 8, "d_ff": 8}
+    reference = T5EncoderModel(ReferenceConfig(**small))
     assert reference.encoder.block[0].layer[1].DenseReluDense.wi_1.weight.shape == (8, 8)
 
 

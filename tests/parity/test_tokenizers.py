@@ -148,15 +148,10 @@ def random_texts(count):
     """Strings over several scripts, of characters that every supported Unicode version knows alike."""
     chooser = random.Random(0)
     ranges = ((32, 127), (0xA1, 0x180), (0x391, 0x3CA), (0x410, 0x450), (0x2070, 0x20A0), (0x3041, 0x3090))
-    alphabet = [
-        chr(i)
-        for low, high in ranges
-        for i in range(low, high)
-        if unicodedata.category(chr(i))[0] not in "MC"
-    ]
+    alphabet = [chr(i) for low, high in ranges for i in range(low, high)]
     # Left out: HTML escapes, which only ours resolves (as CLIP's own code does), and the capital sigma, whose
     # lower case depends on its place in the word in Python (so in CLIP's own code) but not in the reference.
-    alphabet = [c for c in alphabet if c not in "&<;Σ"]
+    alphabet = [c for c in alphabet if c not in "&<;Σ" and unicodedata.category(c)[0] not in "MC"]
     alphabet += list("'''sstdm  ")
     return ["".join(chooser.choices(alphabet, k=chooser.randrange(1, 25))) for _ in range(count)]
 
@@ -177,17 +172,6 @@ def test_clip_ids_of_the_published_vocabulary():
     assert (ours.start, ours.end, ours.vocab_size, len(ours.merges)) == (49406, 49407, 49408, 48894)
     ids, length = ours.encode("a photo of a cat", 8)
     assert (ids, length) == ([49406, 320, 1125, 539, 320, 2368, 49407, 0], 7)
-
-
-def test_clip_file_written_here_is_read_by_the_reference(tmp_path):
-    ours = small_clip()
-    ours.save(tmp_path / "merges.txt")
-    (tmp_path / "vocab.json").write_text(json.dumps(ours.names()))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
-    reference = transformers.CLIPTokenizer.from_pretrained(tmp_path)
-    for text in ("a sketch of the duck's cat...", "café"):
-        ids, length = ours.encode(text)
-        assert ids[:length] == reference(text).input_ids
 
 
 def test_cleaning_equals_ftfys_on_well_formed_text():

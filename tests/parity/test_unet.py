@@ -94,20 +94,15 @@ def test_recorded_maps_equal_the_reference_softmax_columns(config, size, resolut
     x, text = torch.randn(2, reference.config.in_channels, size, size), torch.randn(2, 11, 32)
     labels = torch.tensor([50, 50]) if reference.config.in_channels == 6 else None
     spans = [(3, 5), (0, 4)]
+    options = {"resolution": resolution, "places": places}
     with torch.no_grad():
         theirs = reference(x, 300, text, class_labels=labels).sample
-        maps = ours.text_maps(x, 300, text, spans, labels, resolution=resolution, places=places)
+        maps = ours.text_maps(x, 300, text, spans, labels, **options)
         prediction = ours(x, 300, text, labels)
         context = ours.prepare(text)
-        again = ours.text_maps(
-            x, 300, context, context.columns(spans), labels, resolution=resolution, places=places
-        )
+        again = ours.text_maps(x, 300, context, context.columns(spans), labels, **options)
     assert relative(prediction, theirs) < 1e-5
-    wanted = {
-        name
-        for name, probabilities in store.items()
-        if probabilities.shape[2] == resolution**2 and name.startswith(places)
-    }
+    wanted = {n for n, kept in store.items() if kept.shape[2] == resolution**2 and n.startswith(places)}
     assert wanted
     assert set(maps) == set(again) == wanted
     for name, columns in maps.items():
@@ -129,27 +124,20 @@ def test_gradient_of_maps_equals_autograd_through_the_reference():
 
     theirs = x.clone().requires_grad_()
     reference(theirs, 300, text)
-    chosen = [
-        store[name][..., 2:4]
-        for name in store
-        if store[name].shape[2] == 256 and name.startswith(("down", "up"))
-    ]
-    (expected,) = torch.autograd.grad(loss(chosen), theirs)
+    chosen = [kept for n, kept in store.items() if kept.shape[2] == 256 and n.startswith(("down", "up"))]
+    (expected,) = torch.autograd.grad(loss(kept[..., 2:4] for kept in chosen), theirs)
     mine = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        loss(ours.text_maps(mine, 300, text, (2, 4), resolution=16).values()), mine
-    )
+    maps = ours.text_maps(mine, 300, text, (2, 4), resolution=16)
+    (gradient,) = torch.autograd.grad(loss(maps.values()), mine)
     assert relative(gradient, expected) < 1e-5
     assert all(parameter.grad is None for parameter in ours.parameters())
 
 
 @pytest.mark.parametrize("places", ["down", ["side"], [""], ["down", "up_blocks.9"]])
 def test_places_that_are_none(places):
-    ours = ours_of(unet(STAGE_1))
+    ours, x, text = ours_of(unet(STAGE_1)), torch.zeros(1, 3, 32, 32), torch.zeros(1, 7, 32)
     with pytest.raises(InputError, match="place"):
-        ours.text_maps(
-            torch.zeros(1, 3, 32, 32), 300, torch.zeros(1, 7, 32), (2, 4), resolution=16, places=places
-        )
+        ours.text_maps(x, 300, text, (2, 4), resolution=16, places=places)
 
 
 def test_maps_stop_after_the_last_layer_needed():

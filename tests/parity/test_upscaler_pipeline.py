@@ -1,21 +1,13 @@
 """Stage III's schedule and its whole way from picture and prompt to picture, against diffusers'."""
 
-import json
-
 import pytest
 import torch
 import transformers
 from diffusers import StableDiffusionUpscalePipeline
 
+from mtl_anagram.files.hub import read_json
 from mtl_anagram.models.upscaler import load_upscaler
-from mtl_anagram.sampling import (
-    LatentSchedule,
-    NoiseLevels,
-    UpscaleRecipe,
-    ddim_step,
-    sample_stage3,
-    split_v,
-)
+from mtl_anagram.sampling import LatentSchedule, NoiseLevels, UpscaleRecipe, ddim_step, sample_stage3, split_v
 from mtl_anagram.views import get_views
 from tests.helpers import relative
 from tests.parity import upscaler_references as references
@@ -68,9 +60,7 @@ def release(tmp_path_factory):
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
-    references.write_tokenizer(
-        folder / "tokenizer"
-    )  # the release's files, which transformers 5 does not write
+    references.write_tokenizer(folder / "tokenizer")  # as in the release; transformers 5 does not write it
     return pipeline, folder
 
 
@@ -88,11 +78,9 @@ def test_the_whole_pipeline_equals_the_reference(release, steps, level, scale):
         generator=[torch.Generator().manual_seed(seed) for seed in (7, 8)],
         output_type="pt",
     ).images
-    upscaler = load_upscaler(folder)
-
-    def config_in(name):
-        return json.loads((folder / name / "scheduler_config.json").read_text())
-
+    upscaler, config = load_upscaler(folder), "scheduler_config.json"
+    schedule = LatentSchedule.from_config(read_json(folder / "scheduler" / config), steps)
+    levels = NoiseLevels.from_config(read_json(folder / "low_res_scheduler" / config))
     text, null = upscaler.encode(prompts)
     upscale = UpscaleRecipe(num_inference_steps=steps, guidance_scale=scale, noise_level=level)
     assert upscaler.max_noise_level == 350
@@ -108,8 +96,8 @@ def test_the_whole_pipeline_equals_the_reference(release, steps, level, scale):
                 decode=upscaler.decoder.picture,
                 generators=[torch.Generator().manual_seed(seed) for seed in seeds],
                 upscale=upscale,
-                schedule=LatentSchedule.from_config(config_in("scheduler"), steps),
-                noise_levels=NoiseLevels.from_config(config_in("low_res_scheduler")),
+                schedule=schedule,
+                noise_levels=levels,
             )
         )
         assert len(states) == states[0].num_steps == steps

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from mtl_anagram import InputError, Recipe
 from mtl_anagram.sampling import alternate
 from mtl_anagram.views import Component, get_views, view_from_metadata
+from tests.helpers import noise
 from tests.unit.test_sampling_stages import stage1, texts
 
 HYBRID, COLOURS = ["low_pass", "high_pass"], ["grayscale", "color"]
@@ -17,10 +18,6 @@ HALVES = [f"{turn}{part}scale" for turn in ("", "rotate_180+") for part in ("low
 MIXED = [["flip+low_pass", "rotate_cw+high_pass"], ["negate+scale", "scale"], ["grayscale", "jigsaw+color"]]
 MIXED += [["rotate_180+motion", "motion_res"], ["high_pass+transpose", "low_pass"], HALVES]
 BROKEN = [HYBRID[:1], HYBRID * 2, ["low_pass", "high_pass:3"], ["low_pass", "skew+high_pass"]]
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def convolved(x, kernel):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl_anagram import get_views
 from mtl_anagram.errors import InputError
@@ -21,6 +20,7 @@ from mtl_anagram.sampling import (
 )
 from mtl_anagram.sampling.fused import fused_step, permutations, table
 
+from ..helpers import Operations
 from .test_sampling_stages import Network, generators, score, stage1, stage2
 from .tiny import STAGE_1
 
@@ -144,20 +144,6 @@ WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select
 WAITS |= {"lift_fresh", "_pin_memory"}
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operations for which a host would wait for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket._qualified_op_name.partition("::")[2]
-        if name in WAITS:
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("fused", [None, "torch"])
 def test_a_step_asks_its_device_nothing(fused, monkeypatch):
     """All techniques on the library's own network; steps 1 to 8 of 10 have no look at the flags."""
@@ -174,13 +160,14 @@ def test_a_step_asks_its_device_nothing(fused, monkeypatch):
         )  # fmt: skip
 
     list(run())  # a schedule's numbers are read once
-    states, waits = run(), Waits()
+    states, ran = run(), set()
+    watch = Operations(lambda name, made: ran.add(name))
     next(states)
     monkeypatch.delattr(TextContext, "columns")  # what maps are asked for is put there once a run
-    with waits:
+    with watch:
         for _ in range(8):
             next(states)
-    assert waits.found == []
-    with waits:
+    assert not ran & WAITS
+    with watch:
         next(states)
-    assert waits.found  # the last look: the mode does see
+    assert ran & WAITS  # the last look: the watch does see

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from mtl_anagram.errors import SourceError, WeightsError
 from mtl_anagram.models import T5Config, T5Encoder, load_t5
 from tests.helpers import relative
+from tests.readme import ROOT
 from tests.unit import tiny
 from tests.unit.test_layouts import lay_out
 
-ROOT = Path(__file__).resolve().parents[2]
 FILE = "model.safetensors"
 WI = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
 NORM = "encoder.block.0.layer.1.layer_norm.weight"
@@ -89,14 +89,13 @@ def test_only_the_rows_of_the_embedding_that_occur_are_read(folder):
 
 
 def test_damaged_values_are_named(folder):
-    value, bad = load_file(folder / FILE)[WI], float("nan")
-    value[3, 2] = bad
+    value = load_file(folder / FILE)[WI]
+    value[3, 2] = torch.nan
     rewrite(folder, {WI: value})
-    encoder = load_t5(folder, streamed=True)
     with pytest.raises(WeightsError, match=f"{WI} gives states that are not finite"):
-        encoder(IDS, MASK)
+        load_t5(folder, streamed=True)(IDS, MASK)
     value = load_file(folder / FILE)[NORM]
-    value[3] = bad
+    value[3] = torch.nan
     rewrite(folder, {NORM: value})
     with pytest.raises(WeightsError, match=f"{NORM} is not finite"):
         load_t5(folder, streamed=True)
@@ -115,14 +114,11 @@ def test_a_file_that_goes_away_is_an_error_and_no_more(folder):
 
 
 def test_calls_from_two_threads_wait_for_each_other(folder):
-    encoder, made = load_t5(folder, streamed=True), {}
-    expected = {n: encoder(IDS[:, :n]) for n in (2, 3, 4, 5)}
-    threads = [threading.Thread(target=lambda n=n: made.update({n: encoder(IDS[:, :n])})) for n in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(made[n], expected[n]) for n in expected)
+    encoder, lengths = load_t5(folder, streamed=True), (2, 3, 4, 5)
+    expected = [encoder(IDS[:, :n]) for n in lengths]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda n: encoder(IDS[:, :n]), lengths))
+    assert all(map(torch.equal, made, expected))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the process's peak from /proc")
@@ -148,7 +144,5 @@ encoder = load_t5({str(tmp_path)!r}, streamed=True)
 assert encoder(torch.tensor([[5, 19999, 1]])).isfinite().all()
 print(memory("VmHWM") - before)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 60e6
+    printed = subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, text=True)
+    assert int(printed) < 60e6

@@ -6,14 +6,7 @@ import torch.nn.functional as F
 
 from mtl_anagram.errors import ConfigError, InputError
 from mtl_anagram.models.upscaler import AutoencoderConfig, LatentDecoder, LatentEncoder
-from mtl_anagram.sampling import (
-    LatentSchedule,
-    NoiseLevels,
-    Recipe,
-    UpscaleRecipe,
-    ddim_step,
-    sample_stage3,
-)
+from mtl_anagram.sampling import LatentSchedule, NoiseLevels, Recipe, UpscaleRecipe, ddim_step, sample_stage3
 from mtl_anagram.views import get_views
 from mtl_anagram.views.registry import KINDS
 from tests.helpers import relative

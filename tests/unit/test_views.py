@@ -9,29 +9,17 @@ import torch
 from mtl_anagram.errors import InputError
 from mtl_anagram.views import View, get_views
 from mtl_anagram.views.registry import KINDS
+from tests.helpers import noise
 
 EVERY = [kind.name for kind in KINDS if kind.reduce == "mean"]  # components are in test_factorized.py
 EVERY += ["rotate:20,circle", "reflect:20,circle", "rotate_cw+negate", "jigsaw+skew+patch_permute"]
-SQUARES = (
-    "rotate_cw",
-    "rotate_ccw",
-    "jigsaw",
-    "inner_circle",
-    "square_hinge",
-    "transpose",
-    "rotate",
-    "reflect",
-)
-SQUARES += (*EVERY[-4:],)
+SQUARES = ["jigsaw", "inner_circle", "square_hinge", "transpose", "rotate", "reflect"]
+SQUARES += ["rotate_cw", "rotate_ccw", *EVERY[-4:]]
 
 
 def make(name: str, side: int = 64) -> View:
     order = torch.randperm(side**2, generator=torch.Generator().manual_seed(0))
     return get_views([name], [{"permutation": order} if name == "permutation" else None], seed=3)[0]
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("size", [32, 64, 256, 1024])

@@ -45,11 +45,9 @@ def square_hinge(n):
         (a, i), (b, j) = divmod(r, side), divmod(c, side)
         if a > 2 or b > 2:
             return r, c
-        return (
-            (a * side + side - 1 - j, b * side + i)
-            if (a + b) % 2 == 0
-            else (a * side + j, b * side + side - 1 - i)
-        )
+        if (a + b) % 2 == 0:
+            return a * side + side - 1 - j, b * side + i
+        return a * side + j, b * side + side - 1 - i
 
     return source
 
