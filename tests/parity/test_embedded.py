@@ -36,7 +36,8 @@ def test_the_text_encoder(text):
 
 
 def test_the_unet(text):
-    (ours, theirs), x, t = unets(STAGE_1), noise(4, 3, 64, 64), torch.tensor([957, 500, 33, 0])
+    ours, theirs = unets(STAGE_1)
+    x, t = noise(4, 3, 64, 64), torch.tensor([957, 500, 33, 0])
     with torch.no_grad():
         expected = theirs(x, t, text[1]).sample
         assert relative(ours(x, t, text[0]), expected) < 1e-5
@@ -45,8 +46,8 @@ def test_the_unet(text):
 
 def test_stage_2(text):
     """Of 64 px, which its convolutions take as well, at a noise level of its low-resolution picture."""
-    (ours, theirs), x, t = unets(STAGE_2), noise(2, 6, 64, 64), torch.tensor([957, 33])
-    levels = torch.tensor([50, 250])
+    ours, theirs = unets(STAGE_2)
+    x, t, levels = noise(2, 6, 64, 64), torch.tensor([957, 33]), torch.tensor([50, 250])
     with torch.no_grad():
         expected = theirs(x, t, text[1][:2], class_labels=levels).sample
         assert relative(ours(x, t, text[0][:2], class_labels=levels), expected) < 1e-5

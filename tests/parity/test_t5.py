@@ -95,7 +95,8 @@ def test_buckets_equal_the_reference_at_every_distance():
 @torch.no_grad()
 def test_half_precision_stays_finite_where_sums_leave_its_range(wo_in_float32):
     ours, _ = pair("heads times d_kv = d_model")
-    peaks, (ids, mask) = [], batch(12)
+    ids, mask = batch(12)
+    peaks = []
     for feed_forward in (block.layer[1].DenseReluDense for block in ours.encoder.block):
         feed_forward.wi_0.weight *= 60
         feed_forward.wi_1.weight *= 60

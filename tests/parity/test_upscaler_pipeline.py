@@ -78,9 +78,9 @@ def test_the_whole_pipeline_equals_the_reference(release, steps, level, scale):
         generator=[torch.Generator().manual_seed(seed) for seed in (7, 8)],
         output_type="pt",
     ).images
-    upscaler, config = load_upscaler(folder), "scheduler_config.json"
-    schedule = LatentSchedule.from_config(read_json(folder / "scheduler" / config), steps)
-    levels = NoiseLevels.from_config(read_json(folder / "low_res_scheduler" / config))
+    upscaler = load_upscaler(folder)
+    schedule = LatentSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"), steps)
+    levels = NoiseLevels.from_config(read_json(folder / "low_res_scheduler" / "scheduler_config.json"))
     text, null = upscaler.encode(prompts)
     upscale = UpscaleRecipe(num_inference_steps=steps, guidance_scale=scale, noise_level=level)
     assert upscaler.max_noise_level == 350

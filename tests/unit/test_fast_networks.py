@@ -123,11 +123,12 @@ def test_a_norm_with_scale_and_shift():
 def test_rows_go_through_in_blocks_that_do_not_grow():
     unet = UNet(UNetConfig.from_dict({**STAGE_1, **TWO_LEVELS, "block_out_channels": [8, 8]})).eval()
     x, text, t = torch.randn(600, 3, 16, 16), torch.randn(600, 2, 16), torch.arange(600)
-    largest, ran = {}, []
+    largest, ran, sizes = {}, [], []
     unet.conv_in.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
     for rows in (256, 600):
-        context, sizes = unet.prepare(text[:rows]), []
-        with Operations(lambda name, made, sizes=sizes: sizes.extend(map(torch.numel, made))):
+        context = unet.prepare(text[:rows])
+        sizes.clear()
+        with Operations(lambda name, made: sizes.extend(map(torch.numel, made))):
             found = unet(x[:rows], t[:rows], context)
         largest[rows] = max(sizes)
     assert ran == [256, 200, 200, 200]  # 256 rows of 16 x 16 x 8 values are what goes at once
