@@ -36,7 +36,7 @@ def gaussian(x, sigma, size):
 def test_filters_by_their_published_definitions(side, times):
     x = noise(3, side, side)
     sizes = ((1, 25), (2, 25), (2, 33))
-    one, two, hybrid = (gaussian(x, sigma * times, side * times // 2 * 2 + 1) for sigma, side in sizes)
+    one, two, hybrid = (gaussian(x, sigma * times, taps * times // 2 * 2 + 1) for sigma, taps in sizes)
     length = 7 if times == 1 else 29
     motion = convolved(x, torch.eye(length) / length)
     across = convolved(x, torch.ones(1, length) / length)

@@ -15,7 +15,7 @@ from mtl_anagram.sampling import (
     sample,
     sample_stage1,
 )
-from tests.unit.test_sampling_stages import VIEWS, Network, generators, score, stage1, texts
+from tests.unit.test_sampling_stages import VIEWS, Gaussian, Network, generators, score, stage1, texts
 
 PLAIN = Recipe.plain(num_inference_steps=4)
 SCHEDULE = Schedule.stage_1(4)
@@ -70,6 +70,16 @@ def test_deterministic_solvers_draw_nothing_and_a_recipe_names_them(name, kind):
     given = list(stage1((0,), recipe=PLAIN, spans=None, step=kind(SCHEDULE)))
     assert torch.equal(given[-1].x, last.x)
     assert not torch.allclose(last.x, plain()[-1].x[:1], atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm_solver_2m"])
+def test_solvers_reach_a_known_distribution(solver):
+    """A Gaussian whose score is known: they carry unit noise to its mean and spread, as ddpm does elsewhere."""
+    mean, std, steps = 0.15, 0.2, 200
+    recipe, unet = Recipe.plain(num_inference_steps=steps, solver=solver), Gaussian(steps, mean, std)
+    *_, last = stage1((0, 1, 2, 3), unet=unet, spans=None, recipe=recipe, size=32)
+    assert abs(last.x.mean().item() - mean) < 0.01
+    assert abs(last.x.std().item() / std - 1) < 0.02
 
 
 def test_the_loop_alone_on_any_shape_and_number_of_channels():
