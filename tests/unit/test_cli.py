@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import mtl_anagram
-from mtl_anagram import InputError, Recipe
+from mtl_anagram import InputError, Recipe, UpscaleRecipe
 from mtl_anagram.__main__ import main, parse_seeds
+from mtl_anagram.files.images import read_picture
 from tests.readme import ROOT
+from tests.unit.tiny_requests import files
+from tests.unit.tiny_upscaler import write_upscaler
 
 READINGS = "'a duck' 'a rabbit' --views identity rotate_ccw"
 SMALL = {"size": 16, "steps": 1, "stop_after": 16, "device": "cpu", "out": "out"}
@@ -34,8 +37,8 @@ def generate(cascade_folder, tmp_path, monkeypatch):
     return call
 
 
-def metadata(folder="out", seed=0):
-    return json.loads((Path(folder) / f"{seed:04d}" / "metadata.json").read_text())
+def metadata(folder="out"):
+    return json.loads(Path(folder, "0000/metadata.json").read_text())
 
 
 def test_parse_seeds():
@@ -74,10 +77,9 @@ def test_every_request_has_a_folder_of_its_own_unless_one_is_named(generate, cap
     assert folder() == (first, True)
     assert folder("--seed 1 --batch-size 2") == (first, False)
     others = ["--style 'a sketch of'", "--no-balancing", "--negative 'a house'", "--guidance-scale 2"]
-    found = [folder(words) for words in (*others, "--dtype bfloat16", "--concepts a a", "--solver ddim")]
-    readings = "'a duck' 'a rabbit' --views identity"
-    for view in ("flip", "jigsaw", """jigsaw --view-args '[null, {"seed": 2}]'"""):
-        found.append(folder(readings=f"{readings} {view}"))
+    others += ["--dtype bfloat16", "--concepts a a", "--solver ddim", "--views identity flip"]
+    others += ["--views identity jigsaw", """--views identity jigsaw --view-args '[null, {"seed": 2}]'"""]
+    found = [folder(words) for words in others]
     assert len({first, *(path for path, _ in found)}) == len(found) + 1
     assert not any(there for _, there in found)
 
@@ -123,6 +125,13 @@ def test_a_bar_for_each_stage_and_what_is_printed_is_logged(generate, capsys, ca
     assert shown.out.splitlines() == [record.getMessage() for record in caplog.records]
     assert len(caplog.records) == 4
     assert not logging.getLogger("mtl_anagram").handlers
+
+
+def test_best_of_shows_the_scores(generate, capsys):
+    assert generate("--best-of 2") == 0
+    *scores, picture = capsys.readouterr().out.splitlines()
+    assert [line.startswith("seed ") and "score" in line for line in scores] == [True, True]
+    assert picture.startswith("out/000")
 
 
 def test_another_requests_pictures_are_replaced_where_that_is_asked_for(generate, capsys):
@@ -172,7 +181,6 @@ def test_a_cascade_without_stage_2_or_clip_says_so(generate, cascade_folder, cap
     assert "--stage-2" in capsys.readouterr().err
     assert generate(model=cascade_folder / "stage_1", out="b") == 2
     assert "--noise-clip" in capsys.readouterr().err
-    assert generate("--no-balancing", model=cascade_folder / "stage_1", out="b") == 0
 
 
 def test_what_the_cascade_has_not_learnt_is_said_once(generate, own_folder, capsys):
@@ -180,6 +188,49 @@ def test_what_the_cascade_has_not_learnt_is_said_once(generate, own_folder, caps
     assert generate(model=own_folder) == 0
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "a rabbit" in line)
     assert all(word in line for word in ("mtl-anagram: ", "duck, cat", "--model"))
+
+
+def test_stage_3(generate, cascade_folder, capsys):
+    options = {"size": 8, "stop_after": None, "stage_3": write_upscaler(Path("stage_3"))}
+    numbers = {"steps": 2, "guidance_scale": 5.0, "noise_level": 3, "views": "all", "exchange_every": 2}
+    options |= {f"stage_3_{name}": value for name, value in numbers.items()}
+    assert generate(**options) == 0
+    assert "sample_128.png  sample_128.views.png" in capsys.readouterr().out
+    request = metadata()["request"]["stage_3"]
+    assert len(request.pop("weights_sha256")) == 64
+    assert request == UpscaleRecipe(*numbers.values()).to_dict()
+    words = ["--model", str(cascade_folder), "--stage-3", "stage_3", "--device", "cpu", "--out", "again"]
+    assert main(["repeat", "out/0000/metadata.json", *words]) == 0
+    assert files(Path("out")) == files(Path("again"))
+    assert generate(**options | {"stage_3": None, "out": "c"}) == 2
+    assert "no stage III is to run" in capsys.readouterr().err
+
+
+TABLE = """
+8    low_pass high_pass
+8    triple_low_pass triple_medium_pass triple_high_pass
+8    grayscale rotate_cw+color
+8    motion:9,30 motion_res:9,30
+8    scale scale:0.25 flip+scale:0.25
+8    identity rotate:135 rotate:30,circle reflect:20
+8    transpose mirror translate:0.5,0.25 skew:2 jigsaw:2
+8x16 low_pass rotate_180+high_pass
+8x16 identity flip rotate_180 negate mirror
+8x16 translate skew patch_permute:4
+"""
+
+
+@pytest.mark.parametrize("row", TABLE.strip().splitlines())
+def test_views_through_all_stages(generate, row):
+    size, *names = row.split()
+    prompts = ["'a duck'", "'a rabbit'", "'a cat'", "'a house'", "'the sea'"][: len(names)]
+    stage_3 = {"stage_3": write_upscaler(Path("stage_3")), "stage_3_steps": 1, "stage_3_views": "all"}
+    readings = " ".join([*prompts, "--views", *names])
+    assert generate(readings=readings, size=size, steps=2, stop_after=None, **stage_3) == 0
+    for times in (1, 4, 16):
+        sides = [times * int(side) for side in size.split("x")]
+        made = read_picture(f"out/0000/sample_{'x'.join(map(str, sides))}.png")
+        assert made.shape == (3, sides[0], sides[-1])
 
 
 def test_repeat(generate, cascade_folder, capsys):
@@ -198,8 +249,6 @@ def test_repeat(generate, cascade_folder, capsys):
     shown = capsys.readouterr()
     assert shown.out.startswith(str(Path("again/0004")))
     assert "the recorded picture" in shown.err
-    assert main(["repeat", "none.json"]) == 2
-    assert "none.json" in capsys.readouterr().err
 
 
 ONE = "generate 'a duck' --views identity"

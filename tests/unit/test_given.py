@@ -1,4 +1,4 @@
-"""Pictures of one's own, to start from (SDEdit) or with a component that is kept; the table of views, in all stages."""
+"""Pictures of one's own, to start from (SDEdit) or with a component that is kept."""
 
 import shutil
 
@@ -7,13 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from mtl_anagram import InputError, Recipe, SourceError, repeat_anagram
-from mtl_anagram.__main__ import main
 from mtl_anagram.files.images import read_picture, save_picture
 from mtl_anagram.sampling import DDIM, Schedule, sample_stage2
 from mtl_anagram.views import get_views
 from tests.unit.test_sampling_stages import Network, generators, stage1, texts
 from tests.unit.tiny_requests import files, maker, metadata, never
-from tests.unit.tiny_upscaler import write_upscaler
 
 PLAIN = Recipe.plain(num_inference_steps=5)
 GRAY = torch.full((3, 3), 1 / 3)
@@ -188,34 +186,3 @@ WRONG = [
 def test_what_cannot_be_used_is_refused_at_the_call(cascade, changes, match):
     with pytest.raises((InputError, SourceError), match=match):
         cascade.sample(["a duck"], ["identity"], **{"recipe": PLAIN, "size": 16, **changes})
-
-
-# The table of views
-
-
-TABLE = """
-8    low_pass high_pass
-8    triple_low_pass triple_medium_pass triple_high_pass
-8    grayscale rotate_cw+color
-8    motion:9,30 motion_res:9,30
-8    scale scale:0.25 flip+scale:0.25
-8    identity rotate:135 rotate:30,circle reflect:20
-8    transpose mirror translate:0.5,0.25 skew:2 jigsaw:2
-8x16 low_pass rotate_180+high_pass
-8x16 identity flip rotate_180 negate mirror
-8x16 translate skew patch_permute:4
-"""
-
-
-@pytest.mark.parametrize("row", TABLE.strip().splitlines())
-def test_the_table_through_all_stages_by_the_command(cascade_folder, tmp_path, monkeypatch, row):
-    monkeypatch.chdir(tmp_path)
-    (size, *names), stage_3 = row.split(), write_upscaler(tmp_path / "stage_3")
-    prompts = ["a duck", "a rabbit", "a cat", "a house", "the sea"][: len(names)]
-    words = f"--views {' '.join(names)} --size {size} --steps 2 --stage-3-steps 1 --stage-3-views all --quiet"
-    words += f" --model {cascade_folder} --stage-3 {stage_3} --device cpu --out out"
-    assert main(["generate", *prompts, *words.split()]) == 0
-    for times in (1, 4, 16):
-        sides = [times * int(side) for side in size.split("x")]
-        made = read_picture(tmp_path / f"out/0000/sample_{'x'.join(map(str, sides))}.png")
-        assert made.shape == (3, sides[0], sides[-1])

@@ -1,7 +1,6 @@
 """Metadata, and the same picture from it: repeat_anagram, and what a folder tells of a request made before."""
 
 import functools
-import hashlib
 import json
 import platform
 import shutil
@@ -10,29 +9,23 @@ import pytest
 import torch
 
 import mtl_anagram
-from mtl_anagram import Cascade, InputError, Recipe, SourceError, get_views, repeat_anagram
+from mtl_anagram import InputError, Recipe, SourceError, get_views, repeat_anagram
 from mtl_anagram.files.checksums import combined_checksum
-from mtl_anagram.sampling import Combined
+from tests.helpers import sha256
 from tests.unit.test_views_registry import Halves
-from tests.unit.tiny_requests import files, metadata, never, pictures
+from tests.unit.tiny_requests import files, first_takes_all, metadata, never, on_cpu, pictures
 
 
 @pytest.fixture
 def half(cascade_folder):
-    return Cascade.from_pretrained(cascade_folder, device="cpu", dtype="bfloat16")
+    return on_cpu(cascade_folder, dtype="bfloat16")
 
 
 def test_metadata(make, cascade):
-    made = make(
-        views=["identity", "patch_permute"],
-        view_args=[None, {"num_patches": 4}],
-        noise_level=70,
-        prompts=["a [duck]", "a rabbit"],
-    )[0]
-    content = metadata(made)
-    assert content["seed"] == 9
-    assert content["sizes"] == [8, 32]
-    view = get_views(["identity", "patch_permute"], [None, {"num_patches": 4}])[1]
+    views = {"views": ["identity", "patch_permute"], "view_args": [None, {"num_patches": 4}]}
+    (made,) = make(prompts=["a [duck]", "a rabbit"], noise_level=70, **views)
+    content, (_, view) = metadata(made), get_views(*views.values())
+    assert (content["seed"], content["sizes"]) == (9, [8, 32])
     assert content["request"] == {
         "style": "a sketch of",
         "prompts": ["a sketch of a duck", "a sketch of a rabbit"],
@@ -46,9 +39,7 @@ def test_metadata(make, cascade):
     }
     assert content["weights"]["name"] == "tiny"
     assert content["weights"]["files"] == cascade.checksums()
-    assert content["pictures"] == {
-        name: hashlib.sha256(content).hexdigest() for name, content in pictures(made).items()
-    }
+    assert content["pictures"] == {name: sha256(made.folder / name) for name in pictures(made)}
     assert content["made_with"] == {
         "mtl_anagram": mtl_anagram.__version__,
         "torch": torch.__version__,
@@ -74,13 +65,11 @@ def test_metadata(make, cascade):
 )
 def test_a_picture_from_its_metadata_alone(make, cascade, tmp_path, changes):
     made = make(**changes)[0]
-    # Once through JSON, keys in another order, in another place, without the pictures.
-    alone = tmp_path / "alone.json"
-    alone.write_text(json.dumps(metadata(made), sort_keys=True, ensure_ascii=True))
+    alone = tmp_path / "alone.json"  # with its keys in another order, without the pictures
+    alone.write_text(json.dumps(metadata(made), sort_keys=True))
     again = repeat_anagram(alone, tmp_path / "again", model=cascade)
     assert not again.skipped
-    assert (again.seed, again.warnings) == (made.seed, ())
-    assert list(again.pictures) == list(made.pictures)
+    assert again.warnings == ()
     assert files(again.folder) == files(made.folder)
     assert repeat_anagram(alone, tmp_path / "again", model=cascade).skipped
 
@@ -96,10 +85,9 @@ def test_repeating_needs_the_same_weights(make, cascade_folder, tmp_path):
 
 
 def test_repeating_what_is_no_metadata(tmp_path, cascade):
-    for content, error in (("{}", InputError), ('{"request": {}}', InputError), ("[]", SourceError)):
-        (tmp_path / "metadata.json").write_text(content)
-        with pytest.raises(error):
-            repeat_anagram(tmp_path / "metadata.json", tmp_path / "again", model=cascade)
+    (tmp_path / "metadata.json").write_text('{"request": {}}')
+    with pytest.raises(InputError, match="metadata.json is not metadata.*give a metadata.json"):
+        repeat_anagram(tmp_path / "metadata.json", tmp_path / "again", model=cascade)
     with pytest.raises(SourceError, match="none.json.*No such file.*check its path"):
         repeat_anagram(tmp_path / "none.json", tmp_path / "again", model=cascade)
 
@@ -146,17 +134,14 @@ def test_metadata_from_before_recipes_named_a_solver(make, cascade, tmp_path):
         make(recipe=Recipe.released(solver="ddim"), on_step=never)
 
 
-def first_takes_all(prediction, index, t):
-    return Combined(prediction.noise[:, 0], prediction.variance[:, 0])
-
-
 def test_a_rule_of_ones_own_is_recorded_and_needed_again(make, cascade, tmp_path):
+    name = f"{first_takes_all.__module__}.first_takes_all"
     made = make(combine={1: first_takes_all}, stop_after=8)[0]
-    assert metadata(made)["request"]["rules"] == {"combine": f"1: {__name__}.first_takes_all"}
+    assert metadata(made)["request"]["rules"] == {"combine": f"1: {name}"}
     with pytest.raises(InputError, match="different: rules"):
         make(stop_after=8, on_step=never)
     half = make("b", step={1: None}, combine=functools.partial(first_takes_all), stop_after=8)[0]
-    assert metadata(half)["request"]["rules"] == {"combine": f"{__name__}.first_takes_all"}
+    assert metadata(half)["request"]["rules"] == {"combine": name}
     path = made.folder / "metadata.json"
     for other in ({}, {"combine": first_takes_all}, {"step": {1: first_takes_all}}):
         with pytest.raises(InputError, match="first_takes_all.*combine="):

@@ -1,7 +1,6 @@
-"""Stage III of a request: files, options, metadata, repetition, and what is refused."""
+"""Stage III of a request: files, metadata, repetition, and what is refused."""
 
 import json
-import shlex
 import shutil
 
 import pytest
@@ -10,7 +9,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mtl_anagram import Cascade, InputError, Recipe, SourceError, UpscaleRecipe, WeightsError, repeat_anagram
-from mtl_anagram import __main__ as command
 from mtl_anagram.evaluation.best_of import best_of
 from mtl_anagram.sampling import sample_stage3
 from tests.unit.tiny_requests import REQUEST, files, maker, metadata, never, pictures
@@ -205,28 +203,3 @@ def test_a_release_without_its_small_files_uses_the_published_numbers(make, own_
     (own_folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(SourceError, match="has no diffusion_pytorch_model"):
         make("gone", model=with_stage_3(own_folder))
-
-
-# The command
-
-
-def test_the_command(cascade_folder, upscaler_folder, tmp_path, capsys):
-    words = "generate 'a duck' 'a cat' --views identity flip --size 8 --steps 2 --recipe plain --quiet"
-    call = [*shlex.split(words), "--model", str(cascade_folder), "--device", "cpu"]
-    stage_3 = ["--stage-3", str(upscaler_folder)]
-    options = shlex.split(
-        "--stage-3-steps 2 --stage-3-guidance-scale 5 --stage-3-noise-level 3 --stage-3-views all "
-        "--stage-3-exchange-every 2"
-    )
-    assert command.main([*call, *stage_3, *options, "--out", str(tmp_path / "a")]) == 0
-    assert "sample_128.png  sample_128.views.png" in capsys.readouterr().out
-    path = tmp_path / "a" / "0000" / "metadata.json"
-    request = json.loads(path.read_text())["request"]["stage_3"]
-    del request["weights_sha256"]
-    assert request == UpscaleRecipe(2, 5.0, 3, "all", 2).to_dict()
-    repeat = ["repeat", str(path), "--model", str(cascade_folder), "--device", "cpu", "--quiet"]
-    assert command.main([*repeat, *stage_3, "--out", str(tmp_path / "b")]) == 0
-    assert files(tmp_path / "a" / "0000") == files(tmp_path / "b" / "0000")
-    capsys.readouterr()
-    assert command.main([*call, *options, "--out", str(tmp_path / "c")]) == 2
-    assert "no stage III is to run" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A small request for the tiny cascade, and what tests look at in the files that it becomes."""
+"""A small request for the tiny cascade, in files and in memory, and what tests look at in what it becomes."""
 
 import io
 import json
@@ -6,7 +6,8 @@ import json
 import torch
 from PIL import Image
 
-from mtl_anagram import generate_anagram
+from mtl_anagram import Cascade, Recipe, generate_anagram
+from mtl_anagram.sampling import Combined
 
 REQUEST = {
     "style": "a sketch of",
@@ -18,6 +19,20 @@ REQUEST = {
 }
 PICTURES = ("sample_8.png", "sample_8.views.png", "sample_32.png", "sample_32.views.png")
 NAMES = (*PICTURES, "metadata.json")
+FAST = Recipe.released(num_inference_steps=2)
+
+
+def on_cpu(source, **options):
+    return Cascade.from_pretrained(source, device="cpu", **options)
+
+
+def sample(cascade, seeds=0, *, prompts=("a duck", "a rabbit"), views=("identity", "flip"), **changes):
+    return cascade.sample(prompts, views, seeds, **{"recipe": FAST, "size": 8, **changes})
+
+
+def first_takes_all(prediction, index, t):
+    """A rule of one's own, for combine=."""
+    return Combined(prediction.noise[:, 0], prediction.variance[:, 0])
 
 
 def maker(tmp_path, cascade, **request):
