@@ -1,4 +1,4 @@
-"""Cascade.sample: pictures in memory, step by step, with rules and parts of one's own, whatever the host's defaults."""
+"""Cascade.sample: pictures in memory, step by step, with rules and parts of one's own."""
 
 import json
 import os
@@ -7,19 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from mtl_anagram import Cascade, InputError, PromptWarning, Recipe, UpscaleRecipe, View, generate_anagram
+from mtl_anagram import Cascade, InputError, PromptWarning, Recipe, View
 from mtl_anagram.files.images import encode_png
 from mtl_anagram.models import UNet
-from mtl_anagram.sampling import DDIM, Combined, Schedule
+from mtl_anagram.sampling import DDIM, Schedule
 from tests.unit.tiny import STAGE_1, STAGE_2, TWO_LEVELS, write_unet
-from tests.unit.tiny_requests import files
-from tests.unit.tiny_upscaler import write_upscaler
-
-FAST = Recipe.released(num_inference_steps=2)
-
-
-def sample(cascade, seeds=0, *, prompts=("a duck", "a rabbit"), views=("identity", "flip"), **changes):
-    return cascade.sample(prompts, views, seeds, **{"recipe": FAST, "size": 8, **changes})
+from tests.unit.tiny_requests import files, first_takes_all, metadata, on_cpu, sample
 
 
 def same(one, other):
@@ -27,20 +20,15 @@ def same(one, other):
     return {size: torch.equal(pictures, other.pictures[size]) for size, pictures in one.pictures.items()}
 
 
-def test_pictures_in_memory_are_those_of_generate_anagrams_files(cascade, tmp_path, monkeypatch):
+def test_pictures_in_memory_are_those_of_generate_anagrams_files(make, cascade, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    seeds, request = [3, 1, 2], {"style": "a sketch of", "size": 8, "batch_size": 2}
-    run = sample(cascade, [3, 1, 2, 3], **request)
-    assert run.seeds == seeds  # a repeated seed is made once
+    run = sample(cascade, [3, 1, 2, 3], style="a sketch of", views=["identity", "rotate_cw"], batch_size=2)
+    assert run.seeds == [3, 1, 2]  # a repeated seed is made once
     assert run.sizes == [8, 32]
     assert run.prompts == ["a sketch of a duck", "a sketch of a rabbit"]
     assert {p.dtype for p in run.pictures.values()} == {torch.float32}
     assert os.listdir(tmp_path) == []
-    made = generate_anagram(
-        prompts=["a duck", "a rabbit"], views=["identity", "flip"], save_dir=tmp_path, seed=seeds,
-        recipe=FAST, model=cascade, **request,
-    )  # fmt: skip
-    for i, anagram in enumerate(made):
+    for i, anagram in enumerate(make(seed=[3, 1, 2], batch_size=2)):
         for size, path in anagram.pictures.items():
             assert path.read_bytes() == encode_png(run.pictures[size][i])
 
@@ -65,7 +53,7 @@ def test_steps_one_by_one_and_stopping(cascade):
     assert torch.equal(pictures[32], sample(cascade, **options).pictures[32])
 
 
-def test_nothing_done_to_a_state_changes_pictures_or_files(cascade, tmp_path):
+def test_nothing_done_to_a_state_changes_pictures_or_files(make, cascade):
     def vandal(seeds, stage, state):
         for value in (state.x, state.x0, state.weights, state.scale):
             value.fill_(7.0)
@@ -74,14 +62,11 @@ def test_nothing_done_to_a_state_changes_pictures_or_files(cascade, tmp_path):
     for step in run:
         vandal(*step)
     assert same(run, sample(cascade)) == {8: True, 32: True}
-    request = {"style": "", "prompts": run.prompts, "views": run.views, "recipe": FAST, "size": 8}
-    for folder, hook in (("a", vandal), ("b", None)):
-        generate_anagram(**request, save_dir=tmp_path / folder, model=cascade, on_step=hook)
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert files(make("a", on_step=vandal)[0].folder) == files(make("b")[0].folder)
 
 
 def test_two_threads_at_once_give_what_one_gives(cascade_folder, cascade):
-    fresh = Cascade.from_pretrained(cascade_folder, device="cpu")  # both load its models
+    fresh = on_cpu(cascade_folder)  # both load its models
     with ThreadPoolExecutor(2) as pool:
         runs = list(pool.map(lambda seed: sample(fresh, seed, negative="a cat").pictures, [1, 2]))
     for seed, pictures in zip((1, 2), runs, strict=True):
@@ -89,23 +74,19 @@ def test_two_threads_at_once_give_what_one_gives(cascade_folder, cascade):
         assert all(torch.equal(pictures[size], expected[size]) for size in (8, 32))
 
 
-def test_warnings_are_in_the_results(cascade, tmp_path):
+def test_warnings_are_in_the_results(make, cascade):
+    prompts = ["a duck", "a big duck"]
     with pytest.warns(PromptWarning, match="'duck'"):
-        run = sample(cascade, prompts=["a duck", "a big duck"])
+        run = sample(cascade, prompts=prompts)
     assert len(run.warnings) == 1
-    request = {"style": "", "prompts": ["a duck", "a big duck"], "views": ["identity", "flip"], "size": 8}
     for skipped in (False, True):
         with pytest.warns(PromptWarning):
-            (made,) = generate_anagram(**request, save_dir=tmp_path, recipe=FAST, model=cascade)
+            (made,) = make(prompts=prompts, style="")
         assert (made.skipped, made.warnings) == (skipped, tuple(run.warnings))
     assert sample(cascade).warnings == []
 
 
 # Rules of one's own
-
-
-def first_takes_all(prediction, index, t):
-    return Combined(prediction.noise[:, 0], prediction.variance[:, 0])
 
 
 def test_hooks_for_both_stages_or_by_stage(cascade):
@@ -145,26 +126,24 @@ def test_negative_prompts(cascade):
             sample(cascade, negative=wrong)
 
 
-def test_what_is_given_wins_over_the_recipe(own_folder, tmp_path):
-    recipe = {"num_inference_steps": 3, "guidance_scale": 5.0}
+def test_what_is_given_wins_over_the_recipe_of_cascade_json(own_folder, make):
+    recipe = {"num_inference_steps": 3, "guidance_scale": 5.0, "balancing": False}
     (own_folder / "cascade.json").write_text(json.dumps({"name": "own", "recipe": recipe}))
-    request = {"style": "", "prompts": ["a duck"], "views": ["identity"], "model": own_folder}
-    request |= {"size": 8, "stop_after": 8}
-    for i, given in enumerate(({}, {"num_inference_steps": 2}, {"guidance_scale": 10.0})):
+    own = on_cpu(own_folder)
+    for given in ({}, {"num_inference_steps": 2}, {"guidance_scale": 10.0}):
         for more in ({}, {"recipe": Recipe.released(**recipe)}):
-            folder = tmp_path / f"{i}{len(more)}"
-            generate_anagram(**request, save_dir=folder, device="cpu", **more, **given)
-            used = json.loads((folder / "0000/metadata.json").read_text())["request"]["recipe"]
+            request = {"num_inference_steps": None, **more, **given}
+            (made,) = make(model=own, stop_after=8, overwrite=True, **request)
+            used = metadata(made)["request"]["recipe"]
             assert used == Recipe.released(**{**recipe, **given}).to_dict()
 
 
-def test_rectangles_through_both_stages(cascade, tmp_path):
+def test_rectangles_through_both_stages(cascade):
     run = sample(cascade, [4, 5], size=(16, 24))
     losses = [step.state.loss is not None for step in run]
     assert losses == [True, False, False, False]
-    assert {size: tuple(p.shape) for size, p in run.pictures.items()} == {
-        (16, 24): (2, 3, 16, 24), (64, 96): (2, 3, 64, 96)
-    }  # fmt: skip
+    assert run.sizes == [(16, 24), (64, 96)]
+    assert all(run.pictures[size].shape == (2, 3, *size) for size in run.sizes)
     with pytest.raises(InputError, match=r"size=\(16, 24\) px.*'rotate_cw'"):
         sample(cascade, size=(16, 24), views=["identity", "rotate_cw"])
     for wrong in ((), (16, 24, 8), (16, 20)):
@@ -173,23 +152,16 @@ def test_rectangles_through_both_stages(cascade, tmp_path):
 
 
 SWITCHES = [
-    {},
-    *({name: False} for name in ("balancing", "rectification", "anti_segregation")),
-    *(
-        {"rectify_diagonal": "measured"},
-        {"overlap_measure": "iou"},
-        {"scorer_range": "signed"},
-        {"horizon": 1},
-    ),
-    *({"guidance_scale": 9.0}, {"guidance_rate": 50.0}, {"last_guided_step": 0}, {"map_resolution": 16}),
-    *({"map_places": ("up",)}, {"solver": "ddim"}, {"solver": "dpm_solver_2m"}, {"overlap_target": 0.1}),
-    {"guidance_interval": (0.4, 1.0)},
-]
+    ("balancing", False), ("rectification", False), ("rectify_diagonal", "measured"), ("scorer_range", "signed"),
+    ("anti_segregation", False), ("overlap_measure", "iou"), ("overlap_target", 0.1), ("map_places", ("up",)),
+    ("map_resolution", 16), ("guidance_rate", 50.0), ("last_guided_step", 0), ("horizon", 1), ("solver", "ddim"),
+    ("solver", "dpm_solver_2m"), ("guidance_scale", 9.0), ("guidance_interval", (0.4, 1.0)),
+]  # fmt: skip
 
 
 def test_every_switch_changes_the_picture(cascade):
-    recipes = [Recipe.released(num_inference_steps=3, **switch) for switch in SWITCHES]
-    recipes += [Recipe.corrected(num_inference_steps=3), Recipe.plain(num_inference_steps=3)]
+    recipes = [make(num_inference_steps=3) for make in (Recipe.released, Recipe.corrected, Recipe.plain)]
+    recipes += [Recipe.released(num_inference_steps=3, **{name: value}) for name, value in SWITCHES]
     made = [sample(cascade, recipe=recipe, size=16, stop_after=16).pictures[16] for recipe in recipes]
     for i, picture in enumerate(made):
         for other, recipe in zip(made[:i], recipes[:i], strict=True):
@@ -198,8 +170,8 @@ def test_every_switch_changes_the_picture(cascade):
 
 def test_fused_passes_give_the_same_pictures(cascade_folder):
     def made(fused):
-        models = Cascade.from_pretrained(cascade_folder, device="cpu", fused=fused)
-        return sample(models, [1, 2], recipe=Recipe.released(num_inference_steps=3)).pictures
+        recipe = Recipe.released(num_inference_steps=3)
+        return sample(on_cpu(cascade_folder, fused=fused), [1, 2], recipe=recipe).pictures
 
     slow, fast = made(None), made("torch")
     for size in (8, 32):
@@ -224,7 +196,7 @@ class Counting:
 
 @pytest.mark.parametrize("keep", ["all", "one"])
 def test_a_part_may_be_replaced_until_it_is_released(cascade_folder, cascade, keep):
-    own = Cascade.from_pretrained(cascade_folder, device="cpu", keep=keep)
+    own = on_cpu(cascade_folder, keep=keep)
     plain = {"recipe": Recipe.plain(num_inference_steps=2)}
     own.unet_1 = counting = Counting(own.unet_1)
     for _ in range(2):
@@ -242,43 +214,15 @@ def test_a_compiled_cascade_makes_one_graph_for_all_steps_of_a_stage(own_folder)
     torch._dynamo.utils.counters.clear()
     for stage, config in (("stage_1", STAGE_1), ("stage_2", STAGE_2)):
         write_unet(own_folder / stage / "unet", {**config, **TWO_LEVELS})
-    plain = Cascade.from_pretrained(own_folder, device="cpu")
-    own = Cascade.from_pretrained(own_folder, device="cpu", compile="eager")
+    plain, own = on_cpu(own_folder), on_cpu(own_folder, compile="eager")
     own.unet_2 = torch.compile(plain.unet_2, backend="eager", fullgraph=True)
-    expected = sample(plain, recipe=Recipe.released(num_inference_steps=3)).pictures
-    for size, pictures in sample(own, recipe=Recipe.released(num_inference_steps=3)).pictures.items():
+    recipe = Recipe.released(num_inference_steps=3)
+    expected = sample(plain, recipe=recipe).pictures
+    for size, pictures in sample(own, recipe=recipe).pictures.items():
         torch.testing.assert_close(pictures, expected[size], rtol=0, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     with pytest.raises(InputError, match="compile=3"):
-        Cascade.from_pretrained(own_folder, device="cpu", compile=3)
-
-
-# The host's defaults
-
-
-def test_the_hosts_defaults_change_nothing(cascade_folder, tmp_path):
-    stage_3 = write_upscaler(tmp_path / "stage_3")
-
-    def run(name, **options):
-        own = Cascade.from_pretrained(cascade_folder, stage_3=stage_3, device="cpu", **options)
-        made = generate_anagram(
-            "a sketch of", ["a duck", "a rabbit", "a cat"], ["jigsaw", "negate", "patch_permute"],
-            tmp_path / name, model=own, recipe=Recipe.corrected(num_inference_steps=2), size=8, negative="a house",
-            upscale=UpscaleRecipe(num_inference_steps=2, views="all", noise_level=9),
-        )  # fmt: skip
-        return files(made[0].folder)
-
-    expected = run("one")
-    dtype = torch.get_default_dtype()
-    torch.set_default_device("meta")
-    torch.set_default_dtype(torch.float64)
-    try:
-        found = run("two", prompt_cache=tmp_path / "cache")
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(dtype)
-    assert found == expected
-    assert len(found) == 7
+        on_cpu(own_folder, compile=3)
 
 
 def test_a_view_whose_inverse_does_not_undo_it_is_refused_at_the_call(cascade):
@@ -291,12 +235,12 @@ def test_a_view_whose_inverse_does_not_undo_it_is_refused_at_the_call(cascade):
         move_back = move
 
     with pytest.raises(InputError, match="shift.*inverse_view must undo view"):
-        cascade.sample(["a duck", "a rabbit"], ["identity", Shift()], size=16)
+        sample(cascade, views=["identity", Shift()])
 
 
 def test_threads_whose_requests_share_batches(cascade_folder):
     """What several threads ask at the same time is joined, what fits no batch waits, what fails fails alone."""
-    own, rows = Cascade.from_pretrained(cascade_folder, device="cpu", max_batch=3), []
+    own, rows = on_cpu(cascade_folder, max_batch=3), []
     own.unet_1.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
     words = {"prompts": ("a cat", "a dog"), "views": ("rotate_180", "negate")}
     runs = [sample(own, i, **(words if i % 2 else {})) for i in range(6)] + [sample(own, 6, size=16)]

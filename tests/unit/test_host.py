@@ -1,11 +1,41 @@
-"""What the host has set does not matter, and what it does with a network works: defaults, compile, export."""
+"""What the host has set does not matter, and what it does with a network works: defaults, gradients, export."""
+
+import contextlib
 
 import pytest
 import torch
 
+from mtl_anagram import Recipe, UpscaleRecipe
 from mtl_anagram.cascade import embedded_folder
 from mtl_anagram.models import UNet, UNetConfig, load_judge, load_noise_clip, load_t5, load_unet
 from tests.unit import tiny
+from tests.unit.tiny_requests import files, on_cpu
+from tests.unit.tiny_upscaler import write_upscaler
+
+
+@contextlib.contextmanager
+def other_defaults():
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_hosts_defaults_change_no_picture(make, cascade_folder, tmp_path):
+    """All stages, and a cache of prompts' states."""
+    stage_3 = write_upscaler(tmp_path / "stage_3")
+    request = {"prompts": ["a duck", "a rabbit", "a cat"], "views": ["jigsaw", "negate", "patch_permute"]}
+    request |= {"recipe": Recipe.corrected(), "negative": "a house"}
+    request["upscale"] = UpscaleRecipe(num_inference_steps=2, views="all", noise_level=9)
+    expected = make("one", model=on_cpu(cascade_folder, stage_3=stage_3), **request)
+    with other_defaults():
+        own = on_cpu(cascade_folder, stage_3=stage_3, prompt_cache=tmp_path / "cache")
+        found = make("two", model=own, **request)
+    assert files(found[0].folder) == files(expected[0].folder)
+    assert len(found[0].pictures) == 3
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +60,14 @@ def results(folder, x, ids, t):
     return [*found, clip.embed_image(x[..., :size, :size], 5), clip.embed_text(["a duck"]), judge(x)]
 
 
-def test_the_hosts_defaults_change_nothing(folder):
+def test_the_hosts_defaults_change_no_network(folder):
     draws = torch.Generator().manual_seed(0)
     x, ids = torch.randn(2, 3, 64, 64, generator=draws), torch.tensor([[5, 9, 30, 1]] * 2)
     t = torch.tensor(500)
     with torch.no_grad():
         expected = results(folder, x, ids, t)
-    torch.set_default_device("meta")
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.inference_mode():
-            found = results(folder, x, ids, t)
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(torch.float32)
-    assert len(found) == len(expected)
+    with other_defaults(), torch.inference_mode():
+        found = results(folder, x, ids, t)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
 
 

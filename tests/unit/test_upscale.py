@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mtl_anagram import Cascade, InputError, Recipe, SourceError, UpscaleRecipe, WeightsError, repeat_anagram
+from mtl_anagram import InputError, Recipe, SourceError, UpscaleRecipe, WeightsError, repeat_anagram
 from mtl_anagram.evaluation.best_of import best_of
 from mtl_anagram.sampling import sample_stage3
-from tests.unit.tiny_requests import REQUEST, files, maker, metadata, never, pictures
+from tests.unit.tiny_requests import REQUEST, files, maker, metadata, never, on_cpu, pictures, sample
 from tests.unit.tiny_upscaler import write_upscaler
 
 FAST = UpscaleRecipe(num_inference_steps=2)
@@ -32,7 +32,7 @@ def own_folder(upscaler_folder, tmp_path):
 @pytest.fixture(scope="module")
 def with_stage_3(cascade_folder):
     """with_stage_3(source) is the tiny cascade with this stage III."""
-    return lambda source: Cascade.from_pretrained(cascade_folder, stage_3=source, device="cpu")
+    return lambda source: on_cpu(cascade_folder, stage_3=source)
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,8 @@ def test_three_sizes_are_written_and_stages_one_and_two_are_what_they_were(make,
     made = make(upscale=FAST, on_step=lambda seeds, stage, state: steps.append((stage, state.index)))[0]
     assert list(made.pictures) == metadata(made)["sizes"] == [8, 32, 128]
     assert steps == [(stage, index) for stage in (1, 2, 3) for index in (0, 1)]
-    with Image.open(made.folder / "sample_128.png") as picture:
-        assert picture.size == (128, 128)
-    with Image.open(made.folder / "sample_128.views.png") as picture:
-        assert picture.size[0] == 256
+    assert Image.open(made.folder / "sample_128.png").size == (128, 128)
+    assert Image.open(made.folder / "sample_128.views.png").width == 256
     found = pictures(made)
     assert pictures(make("without", model=cascade)) == {n: found[n] for n in found if "128" not in n}
 
@@ -62,28 +60,16 @@ def test_three_sizes_are_written_and_stages_one_and_two_are_what_they_were(make,
 def test_the_picture_is_the_loops_own(whole, views):
     """The generator of stages I and II goes on in stage III, as in the released code."""
     upscale = UpscaleRecipe(num_inference_steps=2, views=views, noise_level=20)
-    recipe = Recipe.released(num_inference_steps=2)
-    run = whole.sample(
-        ["a duck", "a [cat]!"], ["identity", "rotate_cw"], recipe=recipe, size=8, upscale=upscale
-    )
-    low_res = run.pictures[32]
+    prompts, recipe = ["a duck", "a cat!"], Recipe.released(num_inference_steps=2)
+    run = sample(whole, prompts=["a duck", "a [cat]!"], views=["identity", "rotate_cw"], upscale=upscale)
     generator = torch.Generator().manual_seed(0)
     for size in (8, 8, 32, 32, 32):  # at the start and between two steps; in stage II also on its input
         torch.randn((3, size, size), generator=generator)
-    text, null = whole.upscaler.encode(["a duck", "a cat!"])
-    *_, state = sample_stage3(
-        whole.upscaler.unet,
-        low_res,
-        text,
-        null,
-        run.views,
-        decode=whole.upscaler.decoder.picture,
-        encode=whole.upscaler.encoder.latents,
-        score=whole.noise_clip.scorer(["a duck", "a cat!"]),
-        generators=[generator],
-        upscale=upscale,
-        recipe=recipe,
-    )
+    upscaler, (text, null) = whole.upscaler, whole.upscaler.encode(prompts)
+    parts = {"decode": upscaler.decoder.picture, "encode": upscaler.encoder.latents}
+    parts |= {"score": whole.noise_clip.scorer(prompts), "generators": [generator], "recipe": recipe}
+    parts["upscale"] = upscale
+    *_, state = sample_stage3(upscaler.unet, run.pictures[32], text, null, run.views, **parts)
     assert torch.equal(state.picture, run.pictures[128])
     assert state.picture.std() > 0.01
 
@@ -108,17 +94,10 @@ def test_stop_after_stage_two_needs_nothing_of_stage_three(make, whole, with_sta
 
 
 def test_metadata_holds_stage_three_by_itself_and_repeats_it(make, whole, cascade, with_stage_3, tmp_path):
-    upscale = UpscaleRecipe(
-        num_inference_steps=3, guidance_scale=4, noise_level=7, views="all", exchange_every=2
-    )
-    made = make(upscale=upscale)[0]
-    request = metadata(made)["request"]
-    weights = request["stage_3"].pop("weights_sha256")
-    assert UpscaleRecipe.from_dict(request["stage_3"]) == upscale
-    assert len(weights) == 64
-    names = set(metadata(made)["weights"]["files"])
-    assert {"stage_1/unet/config.json", "stage_3/unet/config.json", "stage_3/tokenizer/merges.txt"} <= names
-    assert "stage_3/low_res_scheduler/scheduler_config.json" in names
+    made = make(upscale=UpscaleRecipe(3, 4, 7, "all", 2))[0]
+    weights = metadata(made)["request"]["stage_3"].pop("weights_sha256")
+    names = {"unet/config.json", "tokenizer/merges.txt", "low_res_scheduler/scheduler_config.json"}
+    assert {f"stage_3/{name}" for name in names} < set(metadata(made)["weights"]["files"])
     path = made.folder / "metadata.json"
     again = repeat_anagram(path, tmp_path / "again", model=whole)
     assert files(again.folder) == files(made.folder)
@@ -169,29 +148,24 @@ def test_requests_that_are_refused_before_any_sampling(make, changes, message, t
         ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "prediction_type"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused_before_any_sampling(
-    own_folder, with_stage_3, make, file, changes, message
-):
+def test_parts_that_do_not_fit(own_folder, with_stage_3, make, file, changes, message):
     path = own_folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(InputError, match=message):
         make(model=with_stage_3(own_folder), on_step=never)
 
 
-def test_weights_that_would_not_load_are_found_in_their_headers_before_any_sampling(
-    own_folder, with_stage_3, make
-):
-    file, lacking = "vae/diffusion_pytorch_model.safetensors", "encoder.conv_in.bias"
-    state = load_file(own_folder / file)
+def test_weights_that_would_not_load_are_found_in_their_headers(own_folder, with_stage_3, make):
+    path, lacking = own_folder / "vae/diffusion_pytorch_model.safetensors", "encoder.conv_in.bias"
+    request = {"model": with_stage_3(own_folder), "upscale": UpscaleRecipe(views="all"), "on_step": never}
+    state = load_file(path)
     del state[lacking]
-    save_file(state, own_folder / file)
-    damaged = with_stage_3(own_folder)
-    upscale = UpscaleRecipe(num_inference_steps=2, views="all")
+    save_file(state, path)
     with pytest.raises(WeightsError, match=f"missing: {lacking}"):
-        make(model=damaged, upscale=upscale, on_step=never)
-    (own_folder / file).write_bytes((own_folder / file).read_bytes()[:-200])
+        make(**request)
+    path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(SourceError, match="not a whole safetensors file"):
-        make(model=damaged, upscale=upscale, on_step=never)
+        make(**request)
 
 
 def test_a_release_without_its_small_files_uses_the_published_numbers(make, own_folder, with_stage_3):
