@@ -160,7 +160,7 @@ SWITCHES = [
 
 
 def test_every_switch_changes_the_picture(cascade):
-    recipes = [make(num_inference_steps=3) for make in (Recipe.released, Recipe.corrected, Recipe.plain)]
+    recipes = [form(num_inference_steps=3) for form in (Recipe.released, Recipe.corrected, Recipe.plain)]
     recipes += [Recipe.released(num_inference_steps=3, **{name: value}) for name, value in SWITCHES]
     made = [sample(cascade, recipe=recipe, size=16, stop_after=16).pictures[16] for recipe in recipes]
     for i, picture in enumerate(made):

@@ -36,10 +36,7 @@ def test_named_devices(machine):
         assert resolve_device(torch.device(name)) == torch.device(name)
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cuda", torch.device("cuda", 3), "mps", "meta", "gpu", "cpu:1", 0],
-)
+@pytest.mark.parametrize("device", ["cuda", torch.device("cuda", 3), "mps", "meta", "gpu", "cpu:1", 0])
 def test_devices_that_are_not_there(machine, device):
     with pytest.raises(InputError, match=r"device=.*0 CUDA devices: use 'cpu'"):
         load_unet("no/where", device=device)

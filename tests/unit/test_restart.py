@@ -6,15 +6,16 @@ from tests.unit.tiny_requests import NAMES, PICTURES, files, metadata, never, pi
 
 
 def test_stage_2_can_be_left_out_and_added(make):
-    first = make(stop_after=8)
-    assert set(files(first[0].folder)) == {"sample_8.png", "sample_8.views.png", "metadata.json"}
-    assert list(first[0].pictures) == metadata(first[0])["sizes"] == [8]
+    (first,) = make(stop_after=8)
+    small = pictures(first)
+    assert set(small) == {"sample_8.png", "sample_8.views.png"}
+    assert list(first.pictures) == metadata(first)["sizes"] == [8]
     assert make(stop_after=8)[0].skipped
-    whole = make()[0]
+    (whole,) = make()
     assert not whole.skipped
     assert pictures(whole) == pictures(make("elsewhere"))
-    assert pictures(whole)["sample_8.png"] == files(first[0].folder)["sample_8.png"]
-    again = make(stop_after=8)[0]  # is there, with more beside it
+    assert small.items() < pictures(whole).items()
+    (again,) = make(stop_after=8)  # is there, with more beside it
     assert again.skipped
     assert list(again.pictures) == [8]
 
@@ -33,20 +34,17 @@ def test_a_finished_seed_is_skipped_and_only_the_others_are_sampled(make):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
 
-@pytest.mark.parametrize(
-    "name, damage",
-    [("metadata.json", "missing"), *zip(PICTURES, ("missing", "cut", "changed", "missing"), strict=True)],
-)
-def test_a_damaged_file_is_made_again(make, name, damage):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lost_or_damaged_file_is_made_again(make, name):
     folder = make()[0].folder
     before = files(folder)
-    if damage == "missing":
-        (folder / name).unlink()
-    else:
-        content = before[name]
-        (folder / name).write_bytes(content[:-9] if damage == "cut" else content[:-1] + b"?")
+    (folder / name).unlink()
     assert not make()[0].skipped
     assert files(folder) == before
+    if name in PICTURES:
+        (folder / name).write_bytes(before[name][:-1] + b"?")
+        assert not make()[0].skipped
+        assert files(folder) == before
 
 
 def test_overwrite_leaves_nothing_of_the_other_request_but_a_users_own_files(make):
@@ -58,25 +56,23 @@ def test_overwrite_leaves_nothing_of_the_other_request_but_a_users_own_files(mak
     assert (folder / "sample_8.mine.png").read_bytes() == b"mine"
     (folder / "sample_8.mine.png").unlink()
     assert files(made.folder) == files(make("b", **other)[0].folder)
-    assert metadata(made)["request"]["prompts"] == ["a sketch of a cat", "a sketch of a house"]
     assert not make(**other, overwrite=True)[0].skipped
 
 
-class Stop:
-    """An on_step that interrupts the given seeds at one step of one stage."""
+def stop(*at):
+    """An on_step that interrupts one seed at one step of one stage: stop(seed, stage, index)."""
 
-    def __init__(self, seed, stage, index):
-        self.at = (seed, stage, index)
-
-    def __call__(self, seeds, stage, state):
-        if self.at == (seeds[0], stage, state.index):
+    def on_step(seeds, stage, state):
+        if at == (seeds[0], stage, state.index):
             raise KeyboardInterrupt
+
+    return on_step
 
 
 @pytest.mark.parametrize("stage, index", [(1, 0), (1, 1), (2, 0), (2, 1)])
 def test_an_interrupted_run_goes_on(make, tmp_path, stage, index):
     with pytest.raises(KeyboardInterrupt):
-        make(seed=[1, 2, 3], batch_size=1, on_step=Stop(2, stage, index))
+        make(seed=[1, 2, 3], batch_size=1, on_step=stop(2, stage, index))
     left = files(tmp_path / "out")
     of_two = {f"0002/{name}" for name in PICTURES[:2]} if stage == 2 else set()
     assert set(left) == {f"0001/{name}" for name in NAMES} | of_two
@@ -95,7 +91,7 @@ def test_an_interrupted_overwrite_leaves_no_false_metadata(make, stage, old_is_w
     folder = make()[0].folder
     before = files(folder)
     with pytest.raises(KeyboardInterrupt):
-        make(style="", overwrite=True, on_step=Stop(9, stage, 1))
+        make(style="", overwrite=True, on_step=stop(9, stage, 1))
     assert (files(folder) == before) == old_is_whole
     assert (folder / "metadata.json").exists() == old_is_whole
     if not old_is_whole:
