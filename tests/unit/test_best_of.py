@@ -1,7 +1,5 @@
 """The best of N: the scores decide, candidates stay, and the winner is the picture its seed makes."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -215,7 +215,6 @@ TABLE = """
 8    identity rotate:135 rotate:30,circle reflect:20
 8    transpose mirror translate:0.5,0.25 skew:2 jigsaw:2
 8x16 low_pass rotate_180+high_pass
-8x16 identity flip rotate_180 negate mirror
 8x16 translate skew patch_permute:4
 """
 
@@ -251,9 +250,6 @@ def test_repeat(generate, cascade_folder, capsys):
     assert "the recorded picture" in shown.err
 
 
-ONE = "generate 'a duck' --views identity"
-
-
 def test_information_and_arguments_that_do_not_parse(capsys):
     def ends(words):
         with pytest.raises(SystemExit) as ended:
@@ -263,7 +259,8 @@ def test_information_and_arguments_that_do_not_parse(capsys):
     commands = ("generate -h", "repeat -h", "evaluate -h", "info -h", "download -h")
     assert {ends(words) for words in ("--version", "--help", *commands)} == {0}
     assert capsys.readouterr().out.startswith(f"mtl-anagram {mtl_anagram.__version__}\n")
-    for words in ("", "paint", f"{ONE} --recipe best", f"{ONE} --view-args {{", "repeat"):
+    one = "generate 'a duck' --views identity"
+    for words in ("", "paint", f"{one} --recipe best", f"{one} --view-args {{", "repeat"):
         assert ends(words) == 2
         assert "usage: mtl-anagram" in capsys.readouterr().err
 
