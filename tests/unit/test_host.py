@@ -2,7 +2,6 @@
 
 import contextlib
 
-import pytest
 import torch
 
 from mtl_anagram import Recipe, UpscaleRecipe
@@ -38,43 +37,34 @@ def test_the_hosts_defaults_change_no_picture(make, cascade_folder, tmp_path):
     assert len(found[0].pictures) == 3
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("networks")
-    tiny.write_unet(folder / "unet", tiny.STAGE_1)
-    tiny.write_t5(folder / "text_encoder")
-    tiny.write_clip(folder / "clip")
-    return folder
-
-
 def results(folder, x, ids, t):
     """Something of every network, on inputs made before."""
-    text = load_t5(folder, device="cpu")(ids)
-    streamed = load_t5(folder, device="cpu", streamed=True)(ids)
-    unet = load_unet(folder, device="cpu")
+    text = load_t5(folder / "stage_1", device="cpu")(ids)
+    streamed = load_t5(folder / "stage_1", device="cpu", streamed=True)(ids)
+    unet = load_unet(folder / "stage_1", device="cpu")
     context = unet.prepare(text)
     found = [text, streamed, unet(x, 500, text), unet(x, t, context)]
     found += unet.text_maps(x, t, context, (1, 3), resolution=16).values()
-    clip, judge = load_noise_clip(folder / "clip", device="cpu"), load_judge(embedded_folder(), device="cpu")
-    size = clip.image_encoder.image_size
+    clip = load_noise_clip(folder / "noise_clip", device="cpu")
+    judge, size = load_judge(embedded_folder(), device="cpu"), clip.image_encoder.image_size
     return [*found, clip.embed_image(x[..., :size, :size], 5), clip.embed_text(["a duck"]), judge(x)]
 
 
-def test_the_hosts_defaults_change_no_network(folder):
+def test_the_hosts_defaults_change_no_network(cascade_folder):
     draws = torch.Generator().manual_seed(0)
     x, ids = torch.randn(2, 3, 64, 64, generator=draws), torch.tensor([[5, 9, 30, 1]] * 2)
     t = torch.tensor(500)
     with torch.no_grad():
-        expected = results(folder, x, ids, t)
+        expected = results(cascade_folder, x, ids, t)
     with other_defaults(), torch.inference_mode():
-        found = results(folder, x, ids, t)
+        found = results(cascade_folder, x, ids, t)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
 
 
-def test_a_network_loaded_in_inference_mode_takes_part_in_gradients(folder):
+def test_a_network_loaded_in_inference_mode_takes_part_in_gradients(cascade_folder):
     with torch.inference_mode():
-        unet = load_unet(folder)
-        clip = load_noise_clip(folder / "clip")
+        unet = load_unet(cascade_folder / "stage_1")
+        clip = load_noise_clip(cascade_folder / "noise_clip")
     assert not any(p.is_inference() for p in [*unet.parameters(), *clip.parameters()])
     x = torch.randn(1, 3, 32, 32, requires_grad=True)
     maps = unet.text_maps(x, 5, torch.randn(1, 4, 16), (0, 2), resolution=16)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.unit.tiny_requests import NAMES, PICTURES, files, metadata, never, pictures, pixels
+from tests.unit.tiny_requests import NAMES, PICTURES, files, metadata, never, pictures
 
 
 def test_stage_2_can_be_left_out_and_added(make):
@@ -76,13 +76,11 @@ def test_an_interrupted_run_goes_on(make, tmp_path, stage, index):
     left = files(tmp_path / "out")
     of_two = {f"0002/{name}" for name in PICTURES[:2]} if stage == 2 else set()
     assert set(left) == {f"0001/{name}" for name in NAMES} | of_two
-    for name, content in left.items():
-        if name.endswith(".png"):
-            assert pixels(content).shape[2] == (8 if "_8" in name else 32) * (1 + ("views" in name))
     made = make(seed=[1, 2, 3], batch_size=1)
     assert [anagram.skipped for anagram in made] == [True, False, False]
     make("undisturbed", seed=[1, 2, 3], batch_size=1)
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+    assert left.items() < files(tmp_path / "undisturbed").items()
 
 
 @pytest.mark.parametrize("stage, old_is_whole", [(1, True), (2, False)])
