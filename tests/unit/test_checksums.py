@@ -35,11 +35,9 @@ def test_large_files_are_sampled_and_other_weights_differ(large):
     assert first.startswith(SAMPLED)
     assert checksum_of(large) == first
     content = large.read_bytes()
-    changed = [b"x" + content[1:], content[:-1] + b"x", content + b"\0", content[:-1]]
-    changed += [
-        bytes(byte ^ 1 if i % 100 == 0 else byte for i, byte in enumerate(content))
-    ]  # one weight in 25
-    for other in changed:
+    one_weight_in_25 = bytes(byte ^ 1 if i % 100 == 0 else byte for i, byte in enumerate(content))
+    ends = (b"x" + content[1:], content[:-1] + b"x", content + b"\0", content[:-1])
+    for other in (*ends, one_weight_in_25):
         large.write_bytes(other)
         assert checksum_of(large) != first
 

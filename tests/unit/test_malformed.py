@@ -25,7 +25,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNET_1, UNET_2 = f"stage_1/unet/{WEIGHTS}", f"stage_2/unet/{WEIGHTS}"
 T5 = "stage_1/text_encoder/model.safetensors"
 IMAGE, TEXT = "noise_clip/clip_image_enc.safetensors", "noise_clip/clip_text_enc.safetensors"
-PIECES, MERGES = "stage_1/tokenizer/spiece.model", "noise_clip/merges.txt"
+PIECES = "stage_1/tokenizer/spiece.model"
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,6 @@ def test_the_undamaged_input_is_taken(cascade_folder, cascade):
         ({"recipe": "released"}, ["recipe='released'"]),
         ({"model": 3}, ["source=3", "hub id"]),
         ({"model": "no/such/folder"}, ["no/such/folder", "check the path"]),
-        ({"model": 300 * "x"}, [300 * "x", "cannot be read as a path"]),
         ({"save_dir": ""}, ["save_dir=''"]),
         ({"save_dir": 3}, ["save_dir=3"]),
         ({"save_dir": "a\0b"}, ["\\x00"]),
@@ -123,17 +122,13 @@ DELETE = object()
     ],
 )
 def test_configs(own_folder, part, field, values):
-    path, load = (
-        own_folder / "stage_1" / part / "config.json",
-        {"unet": load_unet, "text_encoder": load_t5}[part],
-    )
+    folder, load = own_folder / "stage_1", {"unet": load_unet, "text_encoder": load_t5}[part]
+    path = folder / part / "config.json"
     content = json.loads(path.read_text())
     for value in values:
         changed = {**content, field: value}
         path.write_text(json.dumps({n: v for n, v in changed.items() if v is not DELETE}))
-        error = refused(
-            lambda: load(own_folder / "stage_1"), field, f"{part}/config.json", "download the file again"
-        )
+        error = refused(lambda: load(folder), field, f"{part}/config.json", "download the file again")
         assert isinstance(error, ConfigError)
 
 
@@ -192,15 +187,6 @@ def test_tensors_of_another_make(own_folder, name, tensor, change, fragment):
     save_file(state if changed is None else {**state, tensor: changed.contiguous()}, own_folder / name)
     refused(lambda: load_all(own_folder), fragment)
     refused(lambda: generate(str(own_folder), stop_after=None), fragment)
-
-
-@pytest.mark.parametrize("content", [b"", b"\x0a\xff" * 999, b"duck\n"])
-def test_sentencepiece_files_and_merges(own_folder, content):
-    for name in (PIECES, MERGES):
-        before = (own_folder / name).read_bytes()
-        (own_folder / name).write_bytes(content)
-        refused(lambda: load_all(own_folder), name)
-        (own_folder / name).write_bytes(before)
 
 
 def test_networks_that_do_not_belong_together(own_folder):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mtl_anagram import Cascade, ConfigError, InputError, SourceError
+from mtl_anagram import Cascade, ConfigError, SourceError
 from mtl_anagram.models.releases import PUBLISHED, RELEASES, find_parts
 from tests.unit import tiny
 from tests.unit.test_unet_config import RELEASED
@@ -81,15 +81,6 @@ def test_mixed_parts(cascade_folder, tmp_path, monkeypatch):
     assert by_id.variants == {"stage_1": None, "stage_2": "fp16", "stage_3": None, "noise_clip": None}
     assert make("DeepFloyd/IF-I-L-v1.0", stage_3="IF-L").sources["stage_3"] == X4_UPSCALER
     assert make("IF-M", stage_2=cascade_folder / "stage_2").variants["stage_2"] is None
-
-
-def test_parts_can_be_left_out(cascade_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for source in ("IF-M", cascade_folder):
-        bare = make(source, stage_2="none", noise_clip="none")
-        assert [part for part, found in bare.sources.items() if found is not None] == ["stage_1"]
-        with pytest.raises(InputError, match="has no stage_2"):
-            _ = bare.unet_2
 
 
 def test_what_a_folder_says_of_itself(tmp_path):
