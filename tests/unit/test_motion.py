@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mtl_anagram.errors import InputError
-from mtl_anagram.views import VIEW_NAMES, IndexView, View, get_views
+from mtl_anagram.views import VIEW_NAMES, get_views
 from mtl_anagram.views.base import pixel_numbers
 from mtl_anagram.views.motion import Moving, halfway
 
@@ -63,45 +63,17 @@ def test_halves_of_turns_are_turns():
     assert halfway(make("negate"), x, 0.5).abs().max() < 1e-6
 
 
-class Sheared(IndexView):
-    """A turn by three shears that wrap around."""
-
-    name = "sheared"
-
-    def __init__(self, angle):
-        self.angle = angle
-
-    def sources(self, height, width):
-        x, angle = pixel_numbers(height, width), torch.deg2rad(torch.tensor(float(self.angle)))
-        for factor, axis in ((angle / 2).tan(), 1), (-angle.sin(), 0), ((angle / 2).tan(), 1):
-            lines = [
-                line.roll(round(float(factor) * (i - height / 2 + 0.5)))
-                for i, line in enumerate(x.unbind(1 - axis))
-            ]
-            x = torch.stack(lines, 1 - axis)
-        return x
-
-
-class Blurred(View):
-    name, reduce = "my_low_pass", "sum"
-
-    def show(self, x):
-        return F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
-
-
 def test_shears_turn_as_one_piece_filters_fade_and_hybrids_go_away():
-    x = picture()
-    (motion,) = Moving(Sheared(30), x).motions
+    x, turned = picture(), make("rotate:30")
+    (motion,) = Moving(turned, x).motions
     assert motion.turn.abs().tolist() == [30]
-    half, other = halfway(Sheared(30), x, 0.5), Sheared(15).show(x)
+    half, other = halfway(turned, x, 0.5), make("rotate:15").show(x)
     assert (half - other)[:, 16:-16, 16:-16].abs().mean() < 0.05
-    torch.testing.assert_close(halfway(Sheared(30), x, 1), Sheared(30).show(x), atol=0, rtol=0)
-    blurred, seen = Blurred(), Blurred().show(x)
-    far = halfway(blurred, x, 0.5)
+    far = halfway(make("low_pass"), x, 0.5)
     assert (far[:, :23] == 1).all()  # a quarter of its size
     torch.testing.assert_close(far.mean((1, 2)), (x / 16 + 15 / 16).mean((1, 2)), atol=0.02, rtol=0)
-    blurred.name = "my_motion"
-    torch.testing.assert_close(halfway(blurred, x, 0.25), 0.75 * x + 0.25 * seen)
+    grey = make("grayscale")
+    torch.testing.assert_close(halfway(grey, x, 0.25), 0.75 * x + 0.25 * grey.show(x))
 
 
 def test_rectangles_and_what_is_no_fraction():
