@@ -59,10 +59,8 @@ def test_a_record_of_either_kind_can_be_made_again(large, tmp_path):
 def test_a_picture_is_repeated_with_the_same_weights_alone(own_folder, tmp_path, monkeypatch):
     """Recorded by samples, and by whole files as versions before did."""
     monkeypatch.setattr(module, "WHOLE", 2000)
-    request = {"num_inference_steps": 1, "size": 16, "stop_after": 16, "model": own_folder}
-    (made,) = generate_anagram(
-        "", ["a duck", "a cat"], ["identity", "flip"], tmp_path / "out", "cpu", **request
-    )
+    request = {"num_inference_steps": 1, "size": 16, "stop_after": 16, "model": own_folder, "device": "cpu"}
+    (made,) = generate_anagram("", ["a duck", "a cat"], ["identity", "flip"], tmp_path / "out", **request)
     path = made.folder / "metadata.json"
     metadata = json.loads(path.read_text())
     files = metadata["weights"]["files"]

@@ -72,14 +72,13 @@ class Hub:
 def hub(cascade_folder, tmp_path, monkeypatch):
     """IF-M's repositories in miniature, with what a download must leave alone, and GLIDE's CLIP served by file://."""
     root = tmp_path / "hub"
+    scheduler = json.dumps({"beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range"})
     for part in ("stage_1", "stage_2"):
         folder = root / IF_M[part]
         shutil.copytree(cascade_folder / part, folder)
         lay_out(folder / "unet", "diffusion_pytorch_model", variant="fp16", keep=True)
         (folder / "scheduler").mkdir()
-        (folder / "scheduler" / "scheduler_config.json").write_text(
-            json.dumps({"beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range"})
-        )
+        (folder / "scheduler" / "scheduler_config.json").write_text(scheduler)
         (folder / "safety_checker").mkdir()
         (folder / "safety_checker" / "model.safetensors").write_bytes(b"never fetched")
         (folder / "README.md").write_text("never fetched")

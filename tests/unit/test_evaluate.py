@@ -236,9 +236,7 @@ def test_pairs_are_drawn_evenly() -> None:
         ({"pairs": (("duck", "walrus"),)}, "walrus"),  # the judge does not know it
     ],
 )
-def test_a_protocol_that_cannot_be_is_refused_before_sampling(
-    cascade, judge, tmp_path, changes, words
-) -> None:
+def test_a_protocol_that_cannot_be_is_refused(cascade, judge, tmp_path, changes, words) -> None:
     with pytest.raises(InputError) as raised:
         evaluate(cascade, Protocol(**{"pairs": (("duck", "cat"),), **changes}), tmp_path, judge=judge)
     assert words in str(raised.value)
@@ -266,14 +264,11 @@ def test_the_command_prints_a_table(cascade_folder, tmp_path, monkeypatch, capsy
 
 def test_without_numpy(cascade_folder, tmp_path) -> None:
     """The whole of it, with pickled towers, T5 from its files and a cache, where importing numpy fails."""
-    script = (
-        "import sys; sys.modules['numpy'] = None; from mtl_anagram.__main__ import main; sys.exit(main())"
-    )
+    script = "import sys; sys.modules['numpy'] = None; import mtl_anagram.__main__ as m; sys.exit(m.main())"
     write_glide(tmp_path / "clip")
     words = ["evaluate", *shlex.split(QUICKLY), "--model", str(cascade_folder), "--judge", "judge"]
-    words += shlex.split(
-        "--recipes plain balancing --noise-clip clip --text-encoder streamed --prompt-cache c"
-    )
+    words += shlex.split("--recipes plain balancing --noise-clip clip --text-encoder streamed")
+    words += ["--prompt-cache", "c"]
     judge = Judge(["duck", "rabbit"])  # as wide as the embedded one: its file says no widths
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge/judge.json").write_text(json.dumps({"names": judge.names}))

@@ -35,10 +35,8 @@ def _here(tmp_path, monkeypatch):
 
 def tree():
     """All files and folders of a test, with what changes when one is written."""
-    return {
-        path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
-        for path in Path().rglob("*")
-    }
+    found = {path: path.stat() for path in Path().rglob("*")}
+    return {path: path.is_file() and (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
 def load_all(folder):
@@ -79,19 +77,14 @@ def test_the_undamaged_input_is_taken(cascade_folder, cascade):
 @pytest.mark.parametrize(
     "changes, fragments",
     [
-        ({"prompts": ["a duck"]}, ["1 prompts for 2 views"]),
         ({"prompts": ["a duck", " \t "]}, ["' \\t '"]),
         ({"prompts": ["a \ud800 duck", "a rabbit"]}, ["\\ud800"]),
-        ({"views": ["identity", "rotate_clockwise"]}, ["did you mean", "rotate_cw"]),
         ({"views": ["identity", "skew"], "view_args": [None, {"factor": NAN}]}, ["factor=nan"]),
         ({"seed": 2**63}, ["seed=9223372036854775808", "from 0 to"]),
-        ({"num_inference_steps": 1001}, ["num_inference_steps=1001", "1 to 1000"]),
         ({"guidance_scale": HUGE}, ["guidance_scale=1000", "finite number"]),
         ({"recipe": "released"}, ["recipe='released'"]),
         ({"model": 3}, ["source=3", "hub id"]),
         ({"model": "no/such/folder"}, ["no/such/folder", "check the path"]),
-        ({"save_dir": ""}, ["save_dir=''"]),
-        ({"save_dir": 3}, ["save_dir=3"]),
         ({"save_dir": "a\0b"}, ["\\x00"]),
         ({"save_dir": "\ud800"}, ["\\ud800"]),
         ({"save_dir": 300 * "x"}, [300 * "x"]),

@@ -46,16 +46,11 @@ def test_every_other_value_of_a_fixed_field_is_refused_by_name(name):
         UNetConfig.from_dict({**STAGE_1, name: "something else"})
 
 
-def test_unknown_fields_are_refused_by_name_and_a_close_one_is_suggested():
-    with pytest.raises(ConfigError, match="'class_labels_dim' = 1.*remove it"):
-        UNetConfig.from_dict({**STAGE_1, "class_labels_dim": 1})
-    with pytest.raises(ConfigError, match="'act_fun'.*did you mean 'act_fn'"):
-        UNetConfig.from_dict({**STAGE_1, "act_fun": "gelu"})
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"class_labels_dim": 1}, "'class_labels_dim' = 1.*remove it"),
+        ({"act_fun": "gelu"}, "'act_fun'.*did you mean 'act_fn'"),
         ({"block_out_channels": [8, 16, 16, 12.5]}, r"block_out_channels\[3\]=12.5"),
         ({"block_out_channels": [8, 16, 16, 18]}, "does not divide"),
         ({"layers_per_block": [1, 1]}, "layers_per_block has 2.*one per level"),
