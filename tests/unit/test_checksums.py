@@ -56,8 +56,8 @@ def test_a_record_of_either_kind_can_be_made_again(large, tmp_path):
     assert combined_checksum({"a": whole}) != combined_checksum({"a": sampled})
 
 
-def test_a_picture_is_repeated_with_the_same_weights_alone(own_folder, tmp_path, monkeypatch):
-    """Recorded by samples, and by whole files as versions before did."""
+@pytest.mark.parametrize("recorded", ["by samples", "by whole files, as versions before did"])
+def test_a_picture_is_repeated_with_the_same_weights_alone(own_folder, tmp_path, monkeypatch, recorded):
     monkeypatch.setattr(module, "WHOLE", 2000)
     request = {"num_inference_steps": 1, "size": 16, "stop_after": 16, "model": own_folder, "device": "cpu"}
     (made,) = generate_anagram("", ["a duck", "a cat"], ["identity", "flip"], tmp_path / "out", **request)
@@ -65,18 +65,14 @@ def test_a_picture_is_repeated_with_the_same_weights_alone(own_folder, tmp_path,
     metadata = json.loads(path.read_text())
     files = metadata["weights"]["files"]
     assert {value.startswith(SAMPLED) for value in files.values()} == {True, False}
-    records = [files, {name: sha256(own_folder / name) for name in files}]
-
-    def repeated(i):
-        metadata["weights"]["files"] = records[i]
-        metadata["request"]["weights_sha256"] = combined_checksum(records[i])
+    if recorded != "by samples":
+        files = {name: sha256(own_folder / name) for name in files}
+        metadata["weights"]["files"] = files
+        metadata["request"]["weights_sha256"] = combined_checksum(files)
         path.write_text(json.dumps(metadata))
-        return repeat_anagram(path, tmp_path / f"again{i}", "cpu", model=own_folder)
-
-    for i in range(2):
-        assert repeated(i).pictures[16].read_bytes() == made.pictures[16].read_bytes()
+    again = repeat_anagram(path, tmp_path / "again", "cpu", model=own_folder)
+    assert again.pictures[16].read_bytes() == made.pictures[16].read_bytes()
     weights = own_folder / "stage_1" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor + 1e-3 for name, tensor in load_file(weights).items()}, weights)
-    for i in range(2):
-        with pytest.raises(InputError, match="name the same weights"):
-            repeated(i)
+    with pytest.raises(InputError, match="name the same weights"):
+        repeat_anagram(path, tmp_path / "other", "cpu", model=own_folder)

@@ -14,12 +14,11 @@ import mtl_anagram.models.download as module
 import mtl_anagram.models.planning as planning
 from mtl_anagram import CapacityError, Cascade, SourceError, generate_anagram
 from mtl_anagram.__main__ import main
-from mtl_anagram.models import glide
 from mtl_anagram.models.download import download
 from mtl_anagram.models.machine import Memory
 from mtl_anagram.models.releases import RELEASES
 from mtl_anagram.sampling import Recipe, UpscaleRecipe
-from tests.readme import write_glide
+from tests.unit.test_glide import publish
 from tests.unit.test_layouts import lay_out
 from tests.unit.tiny_requests import files
 from tests.unit.tiny_upscaler import write_upscaler
@@ -86,11 +85,8 @@ def hub(cascade_folder, tmp_path, monkeypatch):
     shutil.copytree(root / IF_M["stage_1"] / "text_encoder", root / IF_M["stage_2"] / "text_encoder")
     upscaler = root / IF_M["stage_3"] / "tokenizer"
     upscaler.mkdir(parents=True)
-    for tower, state in write_glide(tmp_path / "clip").items():
-        monkeypatch.setitem(glide.PARAMETERS, tower, sum(t.numel() for t in state.values()))
+    publish(tmp_path / "clip", monkeypatch)
     shutil.copyfile(tmp_path / "clip" / "merges.txt", upscaler / "merges.txt")
-    monkeypatch.setattr(glide, "URL", (tmp_path / "clip").as_uri() + "/{}.pt")
-    monkeypatch.setenv("MTL_ANAGRAM_CACHE", str(tmp_path / "ours"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     made = Hub(root, tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", made.download)

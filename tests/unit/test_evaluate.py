@@ -1,7 +1,5 @@
 """The protocol: cells are sampled once, as generate_anagram samples, and the report's figures are counted by hand."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

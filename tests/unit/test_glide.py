@@ -1,9 +1,8 @@
-"""GLIDE's CLIP from where it was published (a server on this machine stands for it), and pickled towers."""
+"""GLIDE's CLIP from where it was published (a folder stands for it), and pickled towers."""
 
-import http.server
 import os
-import threading
-from functools import partial
+import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -14,86 +13,68 @@ from mtl_anagram.files.hub import POINTER
 from mtl_anagram.models import glide, load_noise_clip
 from tests.readme import write_glide
 
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """A folder's files; the server says how to misbehave: `cut` bytes after which the connection drops, `status`."""
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        if self.server.status == 200:
-            super().do_GET()
-        else:
-            self.send_error(self.server.status)
-
-    def copyfile(self, source, target):
-        target.write(source.read()[: self.server.cut])
-
-    def log_message(self, *_):
-        pass
+OURS = Path("ours/noise_clip")  # in a test's folder
 
 
-@pytest.fixture
-def server(tmp_path):
-    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "clip"))
-    made.cut, made.status, made.asked = None, 200, []
-    threading.Thread(target=made.serve_forever, daemon=True).start()
-    yield made
-    made.shutdown()
-    made.server_close()
-
-
-@pytest.fixture
-def published(server, tmp_path, monkeypatch):
-    """The two files as they are published, small, on the server; the hub gives the merges. Returns the cache."""
-    for tower, state in write_glide(tmp_path / "clip").items():
+def publish(folder, monkeypatch):
+    """GLIDE's files in a folder as they are published, small; what is fetched from there goes to `ours` beside it."""
+    for tower, state in write_glide(folder).items():
         monkeypatch.setitem(glide.PARAMETERS, tower, sum(t.numel() for t in state.values()))
-    monkeypatch.setattr(glide, "URL", f"http://127.0.0.1:{server.server_port}/{{}}.pt")
-    monkeypatch.setenv("MTL_ANAGRAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(glide, "URL", folder.as_uri() + "/{}.pt")
+    monkeypatch.setenv("MTL_ANAGRAM_CACHE", str(folder.parent / "ours"))
+
+
+@pytest.fixture
+def clip(tmp_path, monkeypatch):
+    """The published files' folder; the hub gives the merges."""
+    publish(tmp_path / "clip", monkeypatch)
     merges = str(tmp_path / "clip" / "merges.txt")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, name, subfolder: merges)
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "cache" / "noise_clip"
+    return tmp_path / "clip"
 
 
-def test_glide_is_downloaded_once_and_then_there(published, server, tmp_path, monkeypatch):
-    expected = load_noise_clip(tmp_path / "clip").embed_text(["a duck"])
+def test_glide_is_downloaded_once_and_then_there(clip, monkeypatch):
+    expected = load_noise_clip(clip).embed_text(["a duck"])
     assert torch.equal(load_noise_clip("glide").embed_text(["a duck"]), expected)
-    assert sorted(p.name for p in published.iterdir()) == sorted(glide.FILES)
+    assert sorted(p.name for p in OURS.iterdir()) == sorted(glide.FILES)
+    shutil.rmtree(clip)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(load_noise_clip("glide").embed_text(["a duck"]), expected)
-    assert len(server.asked) == 2
 
 
-def test_offline_without_the_files(published, server, monkeypatch):
+def test_offline_without_the_files(clip, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match=r"clip_image_enc.pt.*HF_HUB_OFFLINE is set: unset it once"):
         load_noise_clip("glide")
-    assert server.asked == []
+    assert not OURS.exists()
 
 
-@pytest.mark.parametrize(
-    "cut, status, message", [(3000, 200, "download it again"), (None, 503, "503.*try again later")]
-)
-def test_a_download_that_fails_leaves_nothing_and_can_be_tried_again(published, server, cut, status, message):
-    server.cut, server.status = cut, status
+@pytest.mark.parametrize("damage, message", [("cut", "download it again"), ("gone", "try again later")])
+def test_a_download_that_fails_leaves_nothing_and_can_be_tried_again(clip, damage, message):
+    path = clip / "clip_image_enc.pt"
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(whole[:3000])
     with pytest.raises(SourceError, match=message):
         load_noise_clip("glide")
-    assert list(published.iterdir()) == []
-    server.cut, server.status = None, 200
+    assert list(OURS.iterdir()) == []
+    path.write_bytes(whole)
     load_noise_clip("glide")
 
 
-def test_a_published_file_of_another_size(published, server, monkeypatch):
+def test_a_published_file_of_another_size(clip, monkeypatch):
     monkeypatch.setitem(glide.PARAMETERS, "clip_text_enc", 71_679_488)
     with pytest.raises(SourceError, match=r"clip_text_enc.pt .*cut off or damaged"):
         load_noise_clip("glide")
-    assert [path.name for path in published.iterdir()] == ["clip_image_enc.pt"]
+    assert [path.name for path in OURS.iterdir()] == ["clip_image_enc.pt"]
 
 
-def test_a_folder_of_that_name_goes_first(published, server, tmp_path):
-    (tmp_path / "clip").rename(tmp_path / "glide")
+def test_a_folder_of_that_name_goes_first(clip):
+    clip.rename("glide")
     load_noise_clip("glide")
-    assert server.asked == []
+    assert not OURS.exists()
 
 
 def test_old_pickles_and_views_of_one_storage_load(tmp_path):

@@ -1,7 +1,5 @@
 """The judge: its training tells shapes apart, files load strictly."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

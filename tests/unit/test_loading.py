@@ -1,6 +1,7 @@
 """Loading: folders as published, mixed dtypes, and every way in which files can be wrong."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -100,10 +101,7 @@ def hub_error(name):
     ],
 )
 def test_what_the_hub_does_not_give_is_explained(monkeypatch, error, message):
-    def refuse(*_, **__):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=error))
     with pytest.raises(SourceError, match=f"owner/model.*config.json.*{message}.*give a folder") as caught:
         load_unet("owner/model")
     assert ("cannot be reached" in str(caught.value)) == ("cannot be reached" in message)

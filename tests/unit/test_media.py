@@ -2,6 +2,7 @@
 
 import os
 import stat
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -91,11 +92,7 @@ def test_writing_replaces_the_file_with_the_umasks_mode_and_leaves_nothing_else(
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()])
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call, error):
     (tmp_path / "a").write_bytes(b"old")
-
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(os, call, fail)
+    monkeypatch.setattr(os, call, Mock(side_effect=error))
     with pytest.raises(SourceError if error.args else KeyboardInterrupt) as caught:
         write_atomically(tmp_path / "a", b"new")
     assert not error.args or "/a cannot be written ([Errno 28] No space left)" in str(caught.value)

@@ -1,10 +1,11 @@
 """Plans and the commands info and download: what they say of folders, hubs and machines; a machine's memory."""
 
 import json
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
 
 import mtl_anagram.models.machine as machine
 import mtl_anagram.models.planning as planning
@@ -30,15 +31,11 @@ def has(monkeypatch, total, free=None):
 @pytest.fixture
 def nowhere(tmp_path, monkeypatch):
     """No file is here and no hub is asked."""
-    import huggingface_hub
-
-    def refuse(*_, **__):
-        raise AssertionError("the hub was asked")
-
+    refuse = Mock(side_effect=AssertionError("the hub was asked"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MTL_ANAGRAM_CACHE", str(tmp_path / "ours"))
     return tmp_path
 

@@ -2,7 +2,7 @@
 
 import io
 import os
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -19,14 +19,8 @@ ABOUT = {"weights": "abc", "stored": "torch.float32"}
 
 @pytest.fixture
 def encode():
-    """An encoder that notes in `asked` which texts it was given, call by call."""
-
-    def encode(texts):
-        encode.asked.append(texts)
-        return torch.stack([torch.full((3, 4), float(len(text))) for text in texts])
-
-    encode.asked = []
-    return encode
+    """An encoder whose calls are noted; a text's states are its length."""
+    return Mock(side_effect=lambda texts: torch.stack([torch.full((3, 4), float(len(t))) for t in texts]))
 
 
 def states(folder):
@@ -38,13 +32,13 @@ def test_what_was_encoded_once_is_found_again(tmp_path, encode):
     assert not (tmp_path / "a").exists()  # nothing is made before there is something to keep
     assert cache.states(["a duck", "", "a duck"], ABOUT, encode).shape == (3, 3, 4)
     again = PromptCache(tmp_path / "a" / "b").states(["", "a rabbit", "a duck"], ABOUT, encode)
-    assert encode.asked == [["a duck", ""], ["a rabbit"]]
+    assert encode.mock_calls == [call(["a duck", ""]), call(["a rabbit"])]
     assert again[:, 0, 0].tolist() == [0, 8, 6]
     assert len(states(cache.folder)) == 3
     for change in ({"weights": "abd"}, {"stored": "torch.float16"}, {"more": "x"}):  # another model or dtype
         for about in ({**ABOUT, **change}, {**ABOUT, **change}):
             cache.states(["a duck"], about, encode)
-    assert len(encode.asked) == 5
+    assert encode.call_count == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -70,7 +64,7 @@ def test_a_damaged_file_is_named_and_made_anew(tmp_path, encode, damage):
     with pytest.warns(UserWarning, match=f"made anew: .*{path.name}"):
         made = cache.states(["a duck"], ABOUT, encode)
     assert torch.equal(cache.states(["a duck"], ABOUT, encode), made)
-    assert len(encode.asked) == 2
+    assert encode.call_count == 2
 
 
 def test_places_that_are_none_are_refused_before_encoding(tmp_path, encode, monkeypatch):
@@ -83,7 +77,7 @@ def test_places_that_are_none_are_refused_before_encoding(tmp_path, encode, monk
     PromptCache(tmp_path).states(["a"], ABOUT, None)  # a folder to read from will do
     with pytest.raises(SourceError, match="prompt_cache=.*cannot be written to"):
         PromptCache(tmp_path).states(["b"], ABOUT, encode)
-    assert encode.asked == [["a"]]
+    encode.assert_called_once_with(["a"])
 
 
 def test_a_cascades_cache_depends_on_weights_tokenizer_and_dtype(own_folder, cascade, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from mtl_anagram.models.releases import PUBLISHED, RELEASES, find_parts
 from tests.unit import tiny
 from tests.unit.test_unet_config import RELEASED
 
-GLIDE = "glide"
 X4_UPSCALER = "stabilityai/stable-diffusion-x4-upscaler"
 
 
@@ -25,12 +24,8 @@ def test_what_each_name_means(name, first, second, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cascade = make(name)
     assert cascade.name == name
-    assert cascade.sources == {
-        "stage_1": f"DeepFloyd/{first}-v1.0",
-        "stage_2": f"DeepFloyd/{second}-v1.0",
-        "stage_3": X4_UPSCALER,
-        "noise_clip": GLIDE,
-    }
+    stages = {"stage_1": f"DeepFloyd/{first}-v1.0", "stage_2": f"DeepFloyd/{second}-v1.0"}
+    assert cascade.sources == {**stages, "stage_3": X4_UPSCALER, "noise_clip": "glide"}
     assert cascade.variants == {**dict.fromkeys(cascade.sources, "fp16"), "stage_3": None}
     assert RELEASES[name] == cascade.sources
     assert make(name, variant="fp32").variants == dict.fromkeys(cascade.sources)
@@ -66,12 +61,8 @@ def test_a_folder_goes_before_the_release_of_its_name(tmp_path, monkeypatch):
 def test_mixed_parts(cascade_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mixed = make("IF-M", stage_2="IF-XL", noise_clip=cascade_folder / "noise_clip")
-    assert mixed.sources == {
-        "stage_1": "DeepFloyd/IF-I-M-v1.0",
-        "stage_2": "DeepFloyd/IF-II-L-v1.0",
-        "stage_3": X4_UPSCALER,
-        "noise_clip": cascade_folder / "noise_clip",
-    }
+    named = {"stage_2": "DeepFloyd/IF-II-L-v1.0", "noise_clip": cascade_folder / "noise_clip"}
+    assert mixed.sources == RELEASES["IF-M"] | named
     assert mixed.variants == {"stage_1": "fp16", "stage_2": "fp16", "stage_3": None, "noise_clip": None}
     own = make(cascade_folder, stage_2="IF-L")
     assert (own.sources["stage_2"], own.variants["stage_2"]) == ("DeepFloyd/IF-II-L-v1.0", "fp16")
