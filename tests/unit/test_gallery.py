@@ -107,14 +107,14 @@ DRIVER = """<script>(async () => {
   await wait(() => "ready" in document.body.dataset);
   const found = [];
   for (const button of document.querySelectorAll("button")) {
-    const canvas = button.querySelector("canvas"), images = [canvas.toDataURL()];
-    const labels = [button.getAttribute("aria-label")];
+    const canvas = button.querySelector("canvas"), images = [], labels = [];
     const count = button.parentElement.querySelectorAll("details p").length;
     const turned = async view => {
       await wait(() => button.dataset.view === String(view));
       images.push(canvas.toDataURL());
       labels.push(button.getAttribute("aria-label"));
     };
+    await turned(0);
     for (let view = 1; view < count; view++) { button.click(); await turned(view); }
     const point = (name, x, buttons) => button.dispatchEvent(new PointerEvent(name,
       {pointerId: 1, clientX: x, buttons, bubbles: true}));

@@ -19,21 +19,17 @@ RELEASED = {
 }
 
 
-def released(name):
-    widths, layers, cross, *_ = RELEASED[name]
-    return {
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_sizes_on_the_meta_device(name):
+    widths, layers, cross, *expected = RELEASED[name]
+    config = {
         **(STAGE_2 if "II" in name else STAGE_1), "block_out_channels": widths, "layers_per_block": layers,
         "cross_attention_dim": cross, "encoder_hid_dim": 4096, "attention_head_dim": 64,
         "addition_embed_type_num_heads": 64, "norm_num_groups": 32,
         "time_embedding_dim": cross if "II" in name else None,
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_released_sizes_on_the_meta_device(name):
     with torch.device("meta"):
-        unet = UNet(UNetConfig.from_dict(released(name)))
-    assert facts(unet) == RELEASED[name][3:]
+        assert facts(UNet(UNetConfig.from_dict(config))) == tuple(expected)
 
 
 def test_null_encoder_hid_dim_type_means_text_projection():
