@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# The aim for the library is 9,000: 7,500 for the house, 1,500 for what is built on it. It is not reached; until it
-# is, these keep it from growing.
+# The library's aim is 9,000: 7,500 for the house, 1,500 for what is built on it. Until then it is not to grow.
 LIMITS = {
     "library lines": 10_050,
     "entries of the package's root": 9,
-    "test lines": 10_215,
+    "test lines": 9_500,
     "longest file": 400,
     "longest function": 60,
     "README lines": 150,
