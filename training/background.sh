@@ -64,7 +64,7 @@ all_turns() {
         stage_1
         # The teacher is asked once it has learnt.
         turn noise_clip 8 train_noise_clip --init $START/noise_clip --merges "$RUNS/export/noise_clip/merges.txt" \
-            --pictures 1400000 --cooldown 600000 --typical 0.8 --clear 0.35 \
+            --pictures 1520000 --cooldown 620000 --typical 1 --clear 0.35 \
             $([ -e "$RUNS/teacher/done" ] && echo --teacher "$RUNS/teacher" --taught 0.7)
         [ "$worked" = 1 ] || sleep 5
     done
