@@ -63,6 +63,8 @@ def test_partners_shows_the_command_that_makes_its_first_pair(generate, capsys):
     command = capsys.readouterr().out.splitlines()[-1]
     assert '"a duck"' in command
     assert generate(readings=command.removeprefix("mtl-anagram generate")) == 0
+    Path("empty.json").write_text('{"rows": []}')
+    assert main(["partners", "--table", "empty.json"]) == 0
 
 
 def test_every_request_has_a_folder_of_its_own_unless_one_is_named(generate, capsys):

@@ -195,7 +195,6 @@ def test_the_page_in_a_browser(tmp_path, flags):
 
 
 def test_a_preview_in_a_file_and_in_a_notebook(cascade, tmp_path, monkeypatch):
-    """Every step rewrites one file; where IPython runs, one image is displayed, and then updated."""
     notebook = Mock()
     monkeypatch.setitem(sys.modules, "IPython", notebook)
     preview, steps = Preview(tmp_path / "now.png"), []

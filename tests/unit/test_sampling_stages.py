@@ -238,7 +238,6 @@ TEXT, NULL = texts()
     ],
 )
 def test_stage_1_refuses_at_the_call(change):
-    """Before any network runs, and before the first step is asked for."""
     unet = Network()
     arguments = {"unet": unet, "text": TEXT, "null": NULL, "views": VIEWS, "score": score, "spans": SPANS}
     arguments |= {"generators": generators(0), "recipe": Recipe.released()} | change
