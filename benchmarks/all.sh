@@ -17,9 +17,8 @@ while [ $# -gt 0 ]; do
 done
 part() { echo; echo "## $1"; echo; shift; echo "\`python -m benchmarks.$*\`"; echo; python -m "benchmarks.$@"; }
 text() { echo; echo "## $1"; shift; echo; echo '```'; python -m "benchmarks.$@"; echo '```'; }
-unset OMP_NUM_THREADS
-# Threads that spin disturb those that work; the command sets this for itself.
-export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
+# Threads wait as torch has them wait by default; the command sets that for itself.
+unset OMP_NUM_THREADS OMP_WAIT_POLICY GOMP_SPINCOUNT
 
 cat << TEXT
 # Results

@@ -49,7 +49,7 @@ def measured(given: dict[str, Any], args: argparse.Namespace) -> Figures:
             num_inference_steps=steps, guidance_scale=5.0, guidance_interval=given.get("interval", (0.0, 1.0))
         )
         return cascade.sample(
-            prompts, VIEWS[:views], seeds, style="a sketch of", recipe=recipe, stop_after=64, batch_size=count
+            prompts, VIEWS[:views], seeds, style="a poster of", recipe=recipe, stop_after=64, batch_size=count
         ).pictures[64]
 
     run(2, [0])
@@ -83,7 +83,7 @@ def read(path: Path) -> float:
     with torch.no_grad():
         seen = torch.stack([view.view(pictures) for view in get_views(VIEWS[:2])])  # (V, B, 3, 64, 64)
         images = torch.stack([clip.embed_image(view, 0) for view in seen])
-        cosines = images @ clip.embed_text([f"a sketch of {prompt}" for prompt in PROMPTS[:2]]).T  # (V, B, V)
+        cosines = images @ clip.embed_text([f"a poster of {prompt}" for prompt in PROMPTS[:2]]).T  # (V, B, V)
     own = cosines.argmax(-1) == torch.arange(2)[:, None]
     return own.all(0).float().mean().item()
 
@@ -116,7 +116,7 @@ def main() -> None:
         )
         for kind, given in KINDS.items():
             out = Path(folder) / f"{kind}.pt"
-            found = run(args, out, count=args.count, views=2, **given)
+            found = run(args, out, **{"count": args.count, "views": 2, **given})
             say(
                 kind,
                 found["seconds"],

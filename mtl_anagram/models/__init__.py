@@ -12,21 +12,7 @@ from .unet_blocks import TextContext
 from .upscaler import Upscaler, load_upscaler
 
 __all__ = [
-    "CLIPTokenizer",
-    "Judge",
-    "NoiseCLIP",
-    "StreamedT5Encoder",
-    "T5Config",
-    "T5Encoder",
-    "T5Tokenizer",
-    "TextContext",
-    "UNet",
-    "UNetConfig",
-    "Upscaler",
-    "load_judge",
-    "load_noise_clip",
-    "load_t5",
-    "load_tokenizer",
-    "load_unet",
+    "CLIPTokenizer", "Judge", "NoiseCLIP", "StreamedT5Encoder", "T5Config", "T5Encoder", "T5Tokenizer", "TextContext",
+    "UNet", "UNetConfig", "Upscaler", "load_judge", "load_noise_clip", "load_t5", "load_tokenizer", "load_unet",
     "load_upscaler",
-]
+]  # fmt: skip

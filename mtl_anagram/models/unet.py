@@ -14,6 +14,7 @@ from ..errors import InputError
 from . import unet_blocks as parts
 from .attention import columns_by
 from .configs import UNetConfig
+from .rows import Apart, each
 from .unet_blocks import JointAttention, Number, Recorder, Resnet, Span, TextContext
 
 BLOCK_VALUES = 1 << 19  # of a block of rows' first map: 2 MB in float32
@@ -26,10 +27,13 @@ class UNet(parts.UNetBase):
     `unet(x, t, text)` predicts; `unet.prepare(text)` does once what is the same at every step;
     `unet.text_maps(...)` gives attention from pixels to text tokens, differentiable; `unet.token_maps = "triton"`
     computes them by a Triton kernel (CUDA; without a GPU tested by Triton's interpreter alone), not by torch's.
+    `unet.side_by_side = True`, as a Cascade's are: on a CPU torch's threads share out the rows (`models.rows`), out of
+    sight of tracers and modes of the calling thread.
     """
 
     config: UNetConfig
     token_maps = "fused"
+    side_by_side = False
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
@@ -84,11 +88,10 @@ class UNet(parts.UNetBase):
         """
         context = text if isinstance(text, TextContext) else self.prepare(text)
         x, emb = self._inputs(x, t, context, class_labels)
-        size = self._block_size(x)
-        if size is None:
+        blocks = None if self._records(x) else self._blocks(x)
+        if blocks is None:
             return self._predict(x, emb, context)
-        blocks = [slice(start, start + size) for start in range(0, len(x), size)]
-        return torch.cat([self._predict(x[rows], emb[rows], context[rows]) for rows in blocks])
+        return torch.cat(each(lambda r: self._predict(x[r], emb[r], context[r]), blocks, self.side_by_side))
 
     def text_maps(
         self,
@@ -119,9 +122,19 @@ class UNet(parts.UNetBase):
                 f"{x.shape[-2]}; ask for one of {sorted(set(layers.values()))}, and for a list of 'down', 'mid', "
                 f"'up', or of paths such as {max(layers)!r}"
             )
-        recorder = Recorder(wanted, columns, columns_by(self.token_maps, x.device))
-        self.walk(*self._inputs(x, t, context, class_labels), context, recorder)
-        return recorder.maps
+        x, emb = self._inputs(x, t, context, class_labels)
+        attend = columns_by(self.token_maps, x.device)
+
+        def maps(x: Tensor, rows: slice) -> Sequence[Tensor]:
+            recorder = Recorder(wanted, columns[rows], attend)
+            self.walk(x, emb[rows], context[rows], recorder)
+            return [recorder.maps[name] for name in named]
+
+        named = [name for name in layers if name in wanted]
+        apart = self.side_by_side and not any(y.requires_grad for y in (self.conv_in.weight, emb))
+        blocks = self._blocks(x) if apart else None
+        found = maps(x, slice(None)) if blocks is None else Apart.apply(x, maps, blocks)
+        return dict(zip(named, found, strict=True))
 
     def attention_layers(self, size: int) -> dict[str, int]:
         """Path of every attention layer -> its resolution for a picture of this size, in order of use."""
@@ -135,16 +148,18 @@ class UNet(parts.UNetBase):
     def _predict(self, x: Tensor, emb: Tensor, context: TextContext) -> Tensor:
         return self.conv_out(F.gelu(self.conv_norm_out(self.walk(x, emb, context))))
 
-    def _block_size(self, x: Tensor) -> int | None:
-        """How many rows go through together, None = all.
+    def _blocks(self, x: Tensor) -> list[slice] | None:
+        """Which rows go through together, None = all.
 
         On a CPU maps should stay in its cache. But each block reads all weights, so a large network's may be larger.
         """
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or self._records(x):
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         rows, values = len(x), self.config.block_out_channels[0] * x.shape[-2] * x.shape[-1]
         most = max(1, max(BLOCK_VALUES, self.parameter_count // WEIGHTS_PER_VALUE) // values)
-        return None if rows <= most else -(-rows // -(-rows // most))
+        count = max(-(-rows // most), min(rows, torch.get_num_threads()) if self.side_by_side else 1)
+        size = -(-rows // count)
+        return [slice(start, start + size) for start in range(0, rows, size)]
 
     def _records(self, x: Tensor) -> bool:
         """Whether a graph is recorded for gradients."""

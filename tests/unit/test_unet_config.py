@@ -25,15 +25,11 @@ def test_released_sizes_on_the_meta_device(name):
     config = {
         **(STAGE_2 if "II" in name else STAGE_1), "block_out_channels": widths, "layers_per_block": layers,
         "cross_attention_dim": cross, "encoder_hid_dim": 4096, "attention_head_dim": 64,
-        "addition_embed_type_num_heads": 64, "norm_num_groups": 32,
+        "addition_embed_type_num_heads": 64, "norm_num_groups": 32, "encoder_hid_dim_type": None,  # text_proj
         "time_embedding_dim": cross if "II" in name else None,
     }  # fmt: skip
     with torch.device("meta"):
         assert facts(UNet(UNetConfig.from_dict(config))) == tuple(expected)
-
-
-def test_null_encoder_hid_dim_type_means_text_projection():
-    assert UNetConfig.from_dict({**STAGE_1, "encoder_hid_dim_type": None}) == UNetConfig.from_dict(STAGE_1)
 
 
 @pytest.mark.parametrize("name", FIXED)
