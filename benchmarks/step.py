@@ -195,7 +195,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.child:
         unet = random_unet(args.size[0], args.device, args.dtype)
-        unet.side_by_side = True  # as a Cascade's are
         unet = peer_unet(unet) if args.child == "peer" else unet
         figures = measure(args.child, unet, args, args.size[0], args.batch[0])
         torch.save(figures.pop("x"), args.out)

@@ -118,7 +118,7 @@ class Models:
 
     def _load_unet(self, source: Source, **options: Any) -> UNet:
         unet = load_unet(source, **options)
-        unet.side_by_side = True
+        unet.side_by_side = unet.parameter_count < 50e6  # a large one's products keep all threads busy
         if self.compile:  # in place: it stays a UNet, whose calls, but not text_maps, go through the compiler
             unet.compile(fullgraph=True, backend="inductor" if self.compile is True else self.compile)
         return unet

@@ -27,8 +27,8 @@ class UNet(parts.UNetBase):
     `unet(x, t, text)` predicts; `unet.prepare(text)` does once what is the same at every step;
     `unet.text_maps(...)` gives attention from pixels to text tokens, differentiable; `unet.token_maps = "triton"`
     computes them by a Triton kernel (CUDA; without a GPU tested by Triton's interpreter alone), not by torch's.
-    `unet.side_by_side = True`, as a Cascade's are: on a CPU torch's threads share out the rows (`models.rows`), out of
-    sight of tracers and modes of the calling thread.
+    `unet.side_by_side = True`, as a Cascade has it for small ones: on a CPU torch's threads share out the rows
+    (`models.rows`), out of sight of the calling thread's tracers and modes.
     """
 
     config: UNetConfig
