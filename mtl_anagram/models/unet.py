@@ -131,7 +131,7 @@ class UNet(parts.UNetBase):
             return [recorder.maps[name] for name in named]
 
         named = [name for name in layers if name in wanted]
-        apart = self.side_by_side and not any(y.requires_grad for y in (self.conv_in.weight, emb))
+        apart = self.side_by_side and not any(y.requires_grad for y in (*self.parameters(), emb))
         blocks = self._blocks(x) if apart else None
         found = maps(x, slice(None)) if blocks is None else Apart.apply(x, maps, blocks)
         return dict(zip(named, found, strict=True))

@@ -140,7 +140,6 @@ def test_rows_go_through_in_blocks_that_do_not_grow():
 
 
 def test_rows_side_by_side_give_what_one_after_the_other_give():
-    """Predictions and maps' gradients; the host's threads, and those that begin later, keep their number."""
     unet = UNet(UNetConfig.from_dict({**STAGE_1, **TWO_LEVELS})).eval().requires_grad_(False)
     x, text, workers, found = torch.randn(6, 3, 16, 16), torch.randn(6, 4, 16), set(), []
     unet.conv_in.register_forward_pre_hook(lambda *_: workers.add(torch.get_num_threads()))
@@ -149,8 +148,9 @@ def test_rows_side_by_side_give_what_one_after_the_other_give():
         picture, spans = x.clone().requires_grad_(), [(0, 1), (1, 3), (1, 2)] * 2
         maps = unet.text_maps(picture, torch.arange(6), text, spans, resolution=8).values()
         found.append(torch.autograd.grad(sum((layer**2).mean() for layer in maps), picture)[0])
-        with torch.no_grad():
-            found.append(unet(x, torch.arange(6), text))
+        found.append(unet(x, torch.arange(6), text))
     assert relative(found[2], found[0]) < 1e-5 > relative(found[3], found[1])
     assert workers == {4, 1}
     assert torch.get_num_threads() == ThreadPoolExecutor(1).submit(torch.get_num_threads).result() == 4
+    unet.down_blocks.requires_grad_(True)  # a weight that learns has its gradient
+    assert all(y.requires_grad for y in unet.text_maps(x, 1, text, (1, 3), resolution=8).values())
