@@ -7,14 +7,15 @@
 # The parts take turns, so that whenever it ends each has got better; every second turn is stage I's. After each turn
 # the averaged weights are exported to RUNS/export, a whole cascade at any time. A new checkout begins from training/weights, where
 # an unfinished training was kept, else from weights/.
-# Each part ends by itself; when all have, so does this. Two cores work at different parts, one mostly at stage I.
+# Each part ends by itself; when all have, so does this. Two cores work at different parts, one mostly at stage I; with
+# OMP_NUM_THREADS=2 and CORES=1 both work at one (stage I: 22 pictures a second instead of 12).
 # RUNS (runs unless set) holds checkpoints and logs; TRAIN_OPTIONS goes to every training.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RUNS=${RUNS:-runs}
 START=${START:-$([ -d training/weights ] && echo training/weights || echo weights)}
 PYTHON=${PYTHON:-python}
-export OMP_NUM_THREADS=1 PYTHONPATH=$PWD RUNS PYTHON START
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$PWD RUNS PYTHON START
 PART=("$RUNS"/{stage_1,stage_2,judge,teacher,noise_clip})
 
 groups() { cat "$RUNS/background.pid" 2>/dev/null | sed 's/^/-/'; }
