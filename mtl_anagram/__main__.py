@@ -273,10 +273,12 @@ def _partners(options: argparse.Namespace) -> None:
         given |= {"names": options.concepts, "seeds": parse_seeds(options.seed)}
         measure_partners(cascade, out, judge=judge_of(options, model), **given)
     table = os.path.join(out, TABLE) if options.measure else options.table or model / TABLE
-    for row in (rows := partners_of(table, options.name))[: options.top]:
+    rows = partners_of(table, options.name)
+    for row in rows[: options.top]:
         read = "" if row.read is None else f"  read both ways {row.read:4.0%}"
         log.info(f"{row.first} / {row.second}, {row.view}{read}  score {row.score:.2f}")
-    for best in rows[:1]:
+    if rows:
+        best = rows[0]
         asked = f'"{with_article(best.first)}" "{with_article(best.second)}" --views identity {best.view}'
         source = "" if options.model is None else f" --model {options.model}"
         style = read_json(Path(table)).get("style", "")
