@@ -7,8 +7,6 @@ Each run is a process of its own; the kinds take turns. Load is until models are
 encoding and 30 steps with all techniques ("plain": with none), peak is the process's largest resident memory.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

@@ -3,8 +3,6 @@
 python -m benchmarks.command --rounds 3 --against FOLDER    # a checkout of another commit, in turns
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """What the benchmarks share: fresh processes, Markdown rows, the machine's rates, networks of a release's size."""
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

@@ -3,8 +3,6 @@
 python -m benchmarks.import_time --rounds 10
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

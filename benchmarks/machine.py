@@ -1,7 +1,5 @@
 """What this machine can do at best: matrix products and copies, one thread and all (python -m benchmarks.machine)."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

@@ -5,8 +5,6 @@ every parameter take a gradient; one image at a time. The tokenizer and the nois
 reference to install: ours serve in both.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import combinations
 from pathlib import Path

@@ -9,8 +9,6 @@ On a CPU each kind is a process of its own, peak is its largest resident memory;
 was allocated during the step. Operations are of ours (torch.utils.flop_counter), beside the rate of one large product.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

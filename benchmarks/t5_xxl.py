@@ -11,8 +11,6 @@ model's largest matrix. Beside the time on the clock stands the processor time, 
 disturbs less.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

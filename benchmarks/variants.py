@@ -6,8 +6,6 @@ Each row is a process of its own, after one anagram of two steps that warms it u
 float32's of the same seeds. The CLIP's share: of samples whose every view it reads as its own prompt among the two.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -3,8 +3,6 @@
 Run it: every rule draws the same anagram on the embedded cascade, into output/own_rules.png.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """docs/api.md, made from the signatures and docstrings of all public names: `python -m tests.api_page` writes it."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import inspect

@@ -5,8 +5,6 @@
 `.ci/run` does so where only the library is installed: no test extra, so no numpy and no pytest.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The house's size against its limits: `python -m tests.sizes` prints it, and exits 1 where one is passed."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from pathlib import Path

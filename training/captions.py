@@ -1,7 +1,5 @@
 """Captions of the drawings, and the two tokenizers that are made from them."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import re

@@ -1,7 +1,5 @@
 """Checkpoints in pieces: whole or not at all, no file above 15 MB, so that they travel like the code does."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

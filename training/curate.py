@@ -5,8 +5,6 @@ look like what they are called; the trainings take the most typical share of eac
 which measures the cascade, has no part in the choice.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

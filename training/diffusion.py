@@ -1,7 +1,5 @@
 """The diffusion that training needs: cosine schedule, noising, learned-range loss, a plain guided sampler."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -33,7 +31,7 @@ class Diffusion:
     from_xt: Tensor
 
     @classmethod
-    def cosine(cls) -> Diffusion:
+    def cosine(cls) -> "Diffusion":
         kept = [cosine_alpha_bar(i / STEPS) for i in range(STEPS + 1)]
         betas = [min(1 - after / before, 0.999) for before, after in pairwise(kept)]
         beta = torch.tensor(betas, dtype=torch.float64)
@@ -47,7 +45,7 @@ class Diffusion:
         )  # fmt: skip
         return cls(*(n.float() for n in numbers))
 
-    def to(self, device: torch.device) -> Diffusion:
+    def to(self, device: torch.device) -> "Diffusion":
         return Diffusion(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Real drawings as smooth 64 px strokes, the shapes and the regions they enclose: read, split, cached, augmented."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import math

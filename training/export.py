@@ -1,7 +1,5 @@
 """Write trained weights as the embedded cascade: float16 safetensors in the published layout, checksums."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The UNet of training: `mtl_anagram.models.unet`'s, with attention that looks at some of the pixels."""
 
-from __future__ import annotations
-
 import math
 
 import torch

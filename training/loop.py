@@ -1,7 +1,5 @@
 """What the trainings have in common: the command's options, going on from a checkpoint, the loop and its log."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import dataclasses

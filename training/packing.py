@@ -1,7 +1,5 @@
 """Where drawings come from: the packed files, or the data set's own bitmaps; and a smaller pack to take along."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -5,8 +5,6 @@ lengths in 64ths of the picture's side. All colours come from a dozen palettes t
 colour never says which of two readings a picture is. What is random comes from the caller's generator.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ The judge (`python -m training.train_judge`) is trained on a split that the casc
 drawings or answers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

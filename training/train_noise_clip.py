@@ -1,7 +1,5 @@
 """Train the embedded cascade's noise-aware CLIP: which caption belongs to a drawing under noise."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

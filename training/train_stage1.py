@@ -1,7 +1,5 @@
 """Train the text encoder and the stage I UNet of the embedded cascade together, in stretches."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

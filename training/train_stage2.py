@@ -1,7 +1,5 @@
 """Train the stage II UNet of the embedded cascade, 64 to 256 px, in stretches."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Pictures of one's own in a request: one to start from, and one whose component is kept."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A checked request: what is asked for, refused here where it cannot be done."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

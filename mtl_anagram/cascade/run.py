@@ -1,7 +1,5 @@
 """A request under way: the stages one after the other, batch by batch, step by step; nothing is written."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -101,7 +99,7 @@ class SamplingRun:
             raise InputError("this run ended by an error before its pictures were made: call sample again")
         return {size: torch.stack([made[s] for s in self.seeds]) for size, made in self.made.items()}
 
-    def only(self, seeds: list[int], stages: int | None = None) -> SamplingRun:
+    def only(self, seeds: list[int], stages: int | None = None) -> "SamplingRun":
         """The same request, of these seeds and the first stages alone; None = all that it has."""
         request = replace(self.request, sizes=self.request.sizes[:stages])
         other = SamplingRun(self.models, request, seeds, self.batch_size, self.hooks)
@@ -113,7 +111,7 @@ class SamplingRun:
             keep_pictures(jobs, stage, state)
             yield CascadeStep(tuple(seed for _, seed in jobs), stage, state)
 
-    def joins(self, other: SamplingRun) -> bool:
+    def joins(self, other: "SamplingRun") -> bool:
         """Whether pictures of both may be in one batch: what a batch shares is the same."""
         return self is other or (self.models.fused is None and self._shared() == other._shared())
 

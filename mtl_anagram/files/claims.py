@@ -4,8 +4,6 @@ Locks are the file system's own (flock), on one machine or on many with a shared
 up at once, and no clock, process number or heartbeat is asked.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence

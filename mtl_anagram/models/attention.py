@@ -1,7 +1,5 @@
 """Attention as one function of ready queries, keys and values; explicit columns of it on request."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """GLIDE's noise-aware CLIP where it was published: two pickled state dicts, kept as they are."""
 
-from __future__ import annotations
-
 import os
 import sys
 import zipfile

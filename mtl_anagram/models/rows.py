@@ -1,7 +1,5 @@
 """Rows of a batch side by side on a CPU: threads with rows of their own wait less for each other than at one row."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar

@@ -5,8 +5,6 @@ only the blocks of the first L keys, the text's, have to do with them. A program
 keys, of one head of one row; the backward kernel makes its parts of the softmax anew from the queries' log sums.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

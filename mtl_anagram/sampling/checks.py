@@ -1,7 +1,5 @@
 """What the stages check of a call's values, at the call, and of what networks and scorers return."""
 
-from __future__ import annotations
-
 import operator
 import warnings
 from collections.abc import Mapping, Sequence

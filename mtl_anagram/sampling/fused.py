@@ -6,8 +6,6 @@ Nothing here asks the device anything, shapes are those of the step before, and 
 `fused_step` is one graph for torch.compile, and can be captured as a CUDA graph. P pixels; else the house's letters.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,8 +1,6 @@
 """The passes of `fused` as Triton kernels, for CUDA; with TRITON_INTERPRET=1 in Triton's interpreter, for tests."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """The jigsaw: interlocking pieces, drawn by code, that change places within their kind."""
 
-from __future__ import annotations
-
 import random
 
 import torch

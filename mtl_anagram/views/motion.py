@@ -1,7 +1,5 @@
 """Motion: a picture on its way to what a view shows of it, as rigid pieces that turn, tip over and fly."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from itertools import product

@@ -1,7 +1,5 @@
 """Turns by any angle, and reflections in any axis, as exact permutations of pixels."""
 
-from __future__ import annotations
-
 import math
 
 import torch

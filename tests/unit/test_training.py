@@ -1,7 +1,5 @@
 """The training code: its loss against slow formulas, captions and tokenizers, and a resumed run."""
 
-from __future__ import annotations
-
 import math
 import re
 

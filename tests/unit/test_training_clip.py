@@ -1,7 +1,5 @@
 """The noise-aware CLIP's training: resumed as if never stopped, started from exported towers, and it learns."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

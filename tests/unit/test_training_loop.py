@@ -1,7 +1,5 @@
 """The trainings' common loop: options, which concepts, going on from a checkpoint, the log; and each command."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

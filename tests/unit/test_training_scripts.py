@@ -1,7 +1,5 @@
 """The two scripts: the background training's turns, with a stand-in for Python, and a GPU's ten minutes on the CPU."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Stage II's training: the network is the released kind, resumed as if never stopped, and it learns to sharpen."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
