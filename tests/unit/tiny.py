@@ -71,19 +71,6 @@ def write_t5(folder: Path, seed: int = 0) -> None:
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
 
 
-def write_clip(folder: Path, seed: int = 0) -> None:
-    torch.manual_seed(seed)
-    tokenizer = CLIPTokenizer(MERGES)
-    image = ImageEncoder(image_size=64, patch_size=16, width=64, layers=1, embedding=16)
-    text = TextEncoder(vocab=tokenizer.vocab_size, width=64, layers=1, embedding=16)
-    for module in (image, text):
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-    save_module(image, folder / "clip_image_enc.safetensors")
-    save_module(text, folder / "clip_text_enc.safetensors")
-    tokenizer.save(folder / "merges.txt")
-
-
 def write_cascade(folder: Path, *, stage_2: bool = True) -> Path:
     """stage_1/, stage_2/, noise_clip/ and cascade.json, as the embedded cascade's folder is."""
     write_unet(folder / "stage_1" / "unet", STAGE_1)
@@ -92,6 +79,14 @@ def write_cascade(folder: Path, *, stage_2: bool = True) -> Path:
     (folder / "stage_1" / "tokenizer" / "spiece.model").write_bytes(sentencepiece_model())
     if stage_2:
         write_unet(folder / "stage_2" / "unet", STAGE_2, seed=1)
-    write_clip(folder / "noise_clip")
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer(MERGES)
+    image = ImageEncoder(image_size=64, patch_size=16, width=64, layers=1, embedding=16)
+    text = TextEncoder(vocab=tokenizer.vocab_size, width=64, layers=1, embedding=16)
+    for parameter in (*image.parameters(), *text.parameters()):
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_module(image, folder / "noise_clip" / "clip_image_enc.safetensors")
+    save_module(text, folder / "noise_clip" / "clip_text_enc.safetensors")
+    tokenizer.save(folder / "noise_clip" / "merges.txt")
     (folder / "cascade.json").write_text(json.dumps({"name": "tiny"}))
     return folder
