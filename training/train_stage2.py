@@ -173,7 +173,7 @@ class Trainer(loop.Trainer):
             prediction = self.model(torch.cat([x_t, low], 1), t, self.text(size), class_labels=level)
         simple, bound = self.diffusion.losses(prediction, x0, x_t, t, noise)
         coarse = coarse_errors(prediction[:, :3].float() - noise)
-        weight = self.diffusion.weight_of_picture(t)
+        weight = self.diffusion.weight_of_error(t)
         norm = self.update(((simple + COARSE * coarse) * weight).mean() + VLB_WEIGHT * bound.mean(), size)
         return simple.mean().item(), coarse.mean().item(), bound.mean().item(), norm
 

@@ -127,9 +127,9 @@ def test_an_error_of_large_areas_counts_as_such() -> None:
     torch.testing.assert_close(found[1], torch.tensor((4 + 16 + 64 + 256) / 4))
 
 
-def test_noise_errors_weigh_more_where_they_spoil_the_picture() -> None:
-    weight = Diffusion.cosine().weight_of_picture(torch.tensor([0, 500, 900, 999]))
-    assert weight[0] < 1.001 < weight[1] < weight[2] < weight[3] == 20
+def test_noise_errors_weigh_more_where_they_are_smaller() -> None:
+    weight = Diffusion.cosine().weight_of_error(torch.tensor([0, 300, 500, 900, 999]))
+    assert weight[0] == 0.25 < weight[1] < 2 < weight[2] < weight[3] < weight[4] < 14
 
 
 def test_the_sheet_sets_samples_between_twin_and_drawing(trainer: Trainer) -> None:
