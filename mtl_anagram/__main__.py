@@ -185,14 +185,14 @@ def _cascade(options: argparse.Namespace) -> Cascade:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from .errors import InputError
+    from .errors import InputError, whole_number
     from .evaluation.best_of import best_of
     from .files.images import Preview
     from .generate import generate_anagram
     from .sampling import Recipe, UpscaleRecipe
 
     seeds, given = parse_seeds(options.seed), {k: v for k, v in vars(options).items() if v is not None}
-    if options.best_of is not None and len(seeds) > 1:
+    if options.best_of is not None and whole_number("--best-of", options.best_of, 1) and len(seeds) > 1:
         raise InputError(f"--best-of {options.best_of} takes one --seed, the first of its seeds")
     cascade = _cascade(options)
     recipe = cascade.recipe if options.recipe is None else getattr(Recipe, options.recipe)()

@@ -32,7 +32,8 @@ def views_strip(picture: Tensor, views: Sequence[Any]) -> Tensor:
     tiles = [view.show(picture).detach().float().cpu() for view in views]
     height = max(tile.shape[1] for tile in tiles)
     for i, (tile, view) in enumerate(zip(tiles, views, strict=True)):
-        below = label(view.name, tile.shape[2], height - tile.shape[1], max(18, height // 10))
+        name = f"{view.name} {view.angle:g}°" if hasattr(view, "angle") else view.name
+        below = label(name, tile.shape[2], height - tile.shape[1], max(18, height // 10))
         tiles[i] = torch.cat([tile, below], dim=1)
     return torch.cat(tiles, dim=2)
 
