@@ -2,7 +2,7 @@
 
     python examples/read_the_steps.py
 
-Compares the released weights of the views with weights of your own: here, equal ones for the first half.
+Compares the released recipe's weights of the views with weights of your own: here, equal ones for the first half.
 """
 
 import torch

@@ -73,7 +73,7 @@ class Diffusion:
         return (a * (1 - a)).sqrt() * (0.3 * field - share * coarse)
 
     def weight_of_error(self, t: Tensor) -> Tensor:
-        """How much a noise error at timesteps (B,) counts, (B,), from 0.25 to 13: the less of it is left, the more.
+        """How much a noise error at timesteps (B,) counts, (B,): 0.25 where there is little noise, 13 where it is all.
 
         Unweighted, two thirds of the loss come from the tenth of the timesteps with the least noise, much of it from
         paper's grain, which nobody can tell from noise, and they drown what is left to learn of edges. (Karras et al.

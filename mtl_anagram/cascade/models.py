@@ -17,7 +17,7 @@ from ..files.hub import Source, read_config
 from ..files.prompt_cache import PromptCache
 from ..models import load_noise_clip, load_t5, load_tokenizer, load_unet, load_upscaler
 from ..models.loading import check_unet_files, config_of, resolve_device, resolve_dtype
-from ..models.machine import memory_of
+from ..models.machine import SHARE, memory_of
 from ..models.noise_clip import NoiseCLIP
 from ..models.releases import UP_TO_STAGE_2, Parts, optional_file, part_files, weight_paths
 from ..models.t5 import T5Encoder
@@ -31,7 +31,6 @@ from ..sampling.loop import no_gradients
 
 N = TypeVar("N")
 MAX_TOKENS = 77
-SHARE = 0.75  # of the free memory that weights may take: activations and the system need some too
 # What works at the same time. With keep="one", loading one of a row releases the networks of the others.
 TOGETHER = (("text_encoder",), ("unet_1", "noise_clip"), ("unet_2", "noise_clip"), ("upscaler", "noise_clip"))
 NETWORKS = tuple(dict.fromkeys(name for row in TOGETHER for name in row))

@@ -253,7 +253,7 @@ def interval(values: Tensor, of: Callable[[Tensor], Tensor] = MEAN) -> dict[str,
     parts = places.split(max(1, AT_ONCE // values.numel()))
     drawn = torch.cat([of(values[part].flatten(1)) for part in parts])
     ends = {"value": of(values.flatten()), "low": drawn.quantile(0.025), "high": drawn.quantile(0.975)}
-    return {name: round(figure.item(), 4) for name, figure in ends.items()}
+    return {name: round(figure.item(), 6) for name, figure in ends.items()}
 
 
 def _values(cells: Sequence[Json], temperature: float) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+SHARE = 0.75  # of the free memory that weights may take: activations and the system need some too
 # A container's limit and use: control groups version 2, then 1.
 CONTROL_GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),

@@ -9,12 +9,13 @@ from ..errors import SourceError, whole_number
 from ..files.hub import Source
 from ..files.shards import Shards
 from .loading import T5_ALIASES
-from .machine import memory_of
+from .machine import SHARE, memory_of
 from .releases import GLIDE, NETWORKS, PUBLISHED, STAGES, Network, network_files
 
-# Tight: only when other programs give memory back. Streamed: T5 runs from its files, in half a gigabyte.
+# Tight: only when other programs give memory back. Streamed: T5 runs from its files.
 FITS, TIGHT, STREAMED, TOO_LARGE, UNKNOWN = "fits", "tight", "streamed", "too large", "unknown"
 OVERHEAD = {"cpu": 350 << 20, "cuda": 600 << 20, "mps": 350 << 20}  # of a process before its first weight
+STREAMING = 550 << 20  # of T5-XXL run from its files, measured
 T5_SINGLE = 24 * 4096 * 10240  # parameters of T5-XXL that its fp16 files have in float32
 # Bytes of a step's tensors alive at once, per pixel, value of the first width and byte of the dtype, as counted
 # on the meta device; in stage I with the anti-segregation's gradient, in stage III the decoder's, which are the most.
@@ -88,7 +89,8 @@ def plan(
         needed = OVERHEAD[device.type] + weights + max((n.step for n in members), default=0)
         if known and total is not None and free is not None:
             verdict = TOO_LARGE if needed > total else TIGHT if needed > free else FITS
-            verdict = STREAMED if stage == "text" and weights > 0.8 * free else verdict
+            if stage == "text" and sum(n.disk or 0 for n in members) > SHARE * free:
+                needed, verdict = OVERHEAD[device.type] + STREAMING, STREAMED
         if (names := [n.name for n in members]) not in ([], ["noise_clip"]):
             stages.append(PlannedStage(stage, names, needed if known else None, verdict))
     about = name, str(device), str(dtype).removeprefix("torch."), rows, total, free

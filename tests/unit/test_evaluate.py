@@ -172,13 +172,13 @@ def test_the_report_counts() -> None:
     ]
     plain, own = report(cells, 0.05)["rows"]
     assert (plain["recipe"], plain["pairs"], plain["samples"]) == ("plain", 2, 6)
-    assert (plain["all_named"]["value"], own["all_named"]["value"]) == (0.1667, 0.5)
+    assert (plain["all_named"]["value"], own["all_named"]["value"]) == (0.166667, 0.5)
     assert (plain["best_of_n"]["value"], own["best_of_n"]["value"]) == (0, 0.5)  # by the CLIP's choice
     assert (plain["any_of_n"]["value"], own["any_of_n"]["value"]) == (0.5, 1)
     assert own["best_of_n_over_plain"] == {"value": 0.5, "low": 0.0, "high": 1.0}
-    assert own["A"] == {"value": 0.3333, "low": 0.2667, "high": 0.4}  # one pair twice, or the other
+    assert own["A"] == {"value": 0.333333, "low": 0.266667, "high": 0.4}  # one pair twice, or the other
     assert own["A.9"]["value"] == pytest.approx(0.65)  # between 0.4 and 0.9
-    assert own["A_over_plain"] == {"value": 0.0333, "low": 0.0, "high": 0.0667}
+    assert own["A_over_plain"] == {"value": 0.033333, "low": 0.0, "high": 0.066667}
 
 
 def test_a_pair_is_compared_with_itself_and_drawn_with_all_its_views() -> None:
