@@ -268,7 +268,7 @@ def _partners(options: argparse.Namespace) -> None:
     model = Path(options.model or embedded_folder())
     if options.measure:
         cascade = _cascade(options)
-        out = options.out or os.path.join("partners", cascade.name)
+        out = options.out or os.path.join("partners", Path(cascade.name).name)
         given = _given(options, "views", "style", "batch_size", "progress")
         given |= {"names": options.concepts, "seeds": parse_seeds(options.seed)}
         measure_partners(cascade, out, judge=judge_of(options, model), **given)

@@ -123,7 +123,7 @@ def repeat_anagram(
             said = f"was made with weights of sha256 {recorded}, but {cascade.name} has {combined_checksum(sums)}"
             raise InputError(f"{metadata} {said}: name the same weights with model=")
     run = cascade.sample(**arguments, batch_size=1, combine=combine, step=step, after=after)
-    for name, about in run.request.given.about().items():
+    for name, about in run.request.given.about.items():
         if about != request[name]:
             raise InputError(f"{arguments[name]} is not the picture that was there: put that back")
     rules, own = request.get("rules", {}), _rules(run)
@@ -157,8 +157,10 @@ def _arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         prompts.append(prompt)
         concepts.append(concept if start is None else None)
     views, recipe = [*map(view_from_metadata, request["views"])], Recipe.from_dict(request["recipe"])
+    style = request["style"] if all(p.startswith(f"{request['style']} ") for p in prompts) else ""
+    prompts = [prompt.removeprefix(f"{style} ") for prompt in prompts]
     found = {"prompts": prompts, "views": views, "seeds": check_seeds(content["seed"]), "recipe": recipe}
-    found |= {"noise_level": request["noise_level"], "concepts": concepts}
+    found |= {"style": style, "noise_level": request["noise_level"], "concepts": concepts}
     found |= {"negative": request.get("negative"), "size": sizes[0]}
     found["stop_after"] = sizes[-1][0] if isinstance(sizes[-1], list) else sizes[-1]
     found |= {name: folder / f"{name}.png" for name in own}
@@ -201,7 +203,7 @@ def request_of(run: SamplingRun, files: dict[str, str], files_3: dict[str, str])
     about: dict[str, Any] = {name: getattr(asked, name) for name in ("style", "prompts", "concepts")}
     about |= {"concept_positions": asked.positions, "views": [view.to_metadata() for view in asked.views]}
     about |= {"recipe": asked.recipe.to_dict(), "noise_level": asked.noise_level, "size": asked.sizes[0]}
-    about |= {"weights_sha256": combined_checksum(files), **asked.given.about()}
+    about |= {"weights_sha256": combined_checksum(files), **asked.given.about}
     if asked.negative is not None:
         about["negative"] = asked.negative
     if rules := _rules(run):
@@ -236,7 +238,7 @@ def write_run(
 
     with ExitStack() as stack:
         done |= write_jobs(todo, todo, {run: folder}, checksums, run.batch_size, watch, overwrite)
-    if todo and len(run.seeds) > 1:
+    if len(run.seeds) > 1 and (todo or not (folder / "seeds.png").is_file()):
         outputs.write_sheet(folder, run.seeds, run.sizes[0])
     return [done[job] for job in jobs]
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Given:
             found["start"] = batch["start_from"], self.strengths[stage - 1]
         return found
 
+    @cached_property
     def about(self) -> dict[str, Any]:
         """For metadata: each picture's sha256 (of its size and 8-bit values), and how it is used."""
         used: dict[str, Any] = {"start_from": {"strength": list(self.strengths)}}
@@ -51,8 +53,8 @@ def checked_given(sizes: Sequence[Size], start_from: Any, strength: Any, referen
     if start_from is not None:
         strength = STRENGTH if strength is None else strength
         strengths = [*strength] if isinstance(strength, list | tuple) else [strength]
-        if not 1 <= len(strengths) <= 2 or (strengths[0] == 0 and len(sizes) == 1):
-            said = "must be stage I's, or stage I's and II's, up to 1; 0 skips stage I, so a stage II must follow"
+        if not 1 <= len(strengths) <= len(sizes[:2]) or (strengths[0] == 0 and len(sizes) == 1):
+            said = "must be stage I's, or I's and II's if both run, up to 1; 0 skips stage I, so a stage II must follow"
             raise InputError(f"strength={strength!r} {said}")
         strengths = [number("strength", value, high=1, above=i > 0) for i, value in enumerate(strengths)]
     if (strength is not None and start_from is None) or (view is not None and reference is None):

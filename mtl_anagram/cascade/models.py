@@ -33,7 +33,8 @@ N = TypeVar("N")
 MAX_TOKENS = 77
 # What works at the same time. With keep="one", loading one of a row releases the networks of the others.
 TOGETHER = (("text_encoder",), ("unet_1", "noise_clip"), ("unet_2", "noise_clip"), ("upscaler", "noise_clip"))
-NETWORKS = tuple(dict.fromkeys(name for row in TOGETHER for name in row))
+PART_OF = dict.fromkeys(("tokenizer", "text_encoder", "unet_1"), "stage_1") | {"noise_clip": "noise_clip"}
+PART_OF |= {"unet_2": "stage_2", "upscaler": "stage_3"}
 
 
 def embedded_folder() -> Path:
@@ -82,7 +83,7 @@ class Models:
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A loaded network comes in another way. A caller's own goes where `release` says so, never to make room.
-        if name in NETWORKS:
+        if name in PART_OF:
             self._replaced.add(name)
         super().__setattr__(name, value)
 
@@ -134,18 +135,25 @@ class Models:
         if self.keep != "auto":
             return self.keep == "all"
         here = all(source is None or Path(source).is_dir() for source in self.sources.values())
-        return here and self._fits(weight_paths(self.sources, self.variants, self.sources), unknown=False)
+        return here and self._fits(self.stored, unknown=False)
 
     @cached_property
     def streams_text(self) -> bool:
         """Whether the text encoder runs from its files; "auto": where it does not fit what is free."""
         if self.text_mode != "auto":
             return self.text_mode == "streamed"
-        return not self._fits(self._text_files(), unknown=True)
+        stored = sum(path.stat().st_size for path in self._text_files().values())
+        return not self._fits(stored, unknown=True)
 
-    def _fits(self, paths: Mapping[str, Path], *, unknown: bool) -> bool:
-        """Whether files fit the memory that is free; `unknown` where that is not known."""
-        memory, stored = memory_of(self.device), sum(path.stat().st_size for path in paths.values())
+    @property
+    def stored(self) -> int:
+        """Bytes of the weight files."""
+        paths = weight_paths(self.sources, self.variants, self.sources).values()
+        return sum(path.stat().st_size for path in paths)
+
+    def _fits(self, stored: int, *, unknown: bool) -> bool:
+        """Whether so many bytes of files fit the memory that is free; `unknown` where that is not known."""
+        memory = memory_of(self.device)
         return unknown if memory is None else stored <= SHARE * memory.free
 
     @property
@@ -180,8 +188,8 @@ class Models:
     @no_gradients()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> (text (V, 77, D), null (1, 77, D)) on the cascade's device, in its dtype."""
-        texts = [*prompts, ""]
-        if self.prompt_cache is None:
+        texts = [*([prompts] if isinstance(prompts, str) else prompts), ""]
+        if self.prompt_cache is None or self._replaced & {"tokenizer", "text_encoder"}:
             states = self._states(texts)
         else:
             states = self.prompt_cache.states(texts, self._text_identity(), self._states).to(self.device)
@@ -205,7 +213,7 @@ class Models:
 
     def release(self, *names: str) -> None:
         """Forget models ("text_encoder", "unet_1", ...; none named = all) and give their memory back."""
-        for name in names or ("tokenizer", *NETWORKS):
+        for name in names or PART_OF:
             self.__dict__.pop(name, None)
             self._replaced.discard(name)
         gc.collect()
@@ -219,7 +227,13 @@ class Models:
         for part in (part for part in parts if part not in self._paths):
             self._paths[part] = weight_paths(self.sources, self.variants, (part,))
         paths = {name: path for part in parts for name, path in self._paths[part].items()}
-        return {name: checksum_of(path, (recorded or {}).get(name, "")) for name, path in paths.items()}
+        found = {name: checksum_of(path, (recorded or {}).get(name, "")) for name, path in paths.items()}
+        # What a caller has put in a network's place has no file: its class says that it is another.
+        for name in self._replaced:
+            if PART_OF[name] in parts:
+                kind = type(getattr(self, name))
+                found[f"{PART_OF[name]}/{name}"] = f"{kind.__module__}.{kind.__qualname__}"
+        return found
 
     def check_unet(self, stage: int) -> None:
         """Load a UNet, or, where not all networks stay, find in its files' headers what would fail later."""
@@ -231,7 +245,7 @@ class Models:
     def make_room(self, name: str) -> None:
         """Before a network is loaded: with keep="one", those that never work beside it go."""
         company = {member for row in TOGETHER if name in row for member in row}
-        others = {member for member in NETWORKS if member in self.__dict__} - company - self._replaced
+        others = {m for row in TOGETHER for m in row if m in self.__dict__} - company - self._replaced
         if others and not self.keeps_all:
             self.release(*others)
 

@@ -113,13 +113,15 @@ class SamplingRun:
 
     def joins(self, other: "SamplingRun") -> bool:
         """Whether pictures of both may be in one batch: what a batch shares is the same."""
-        return self is other or (self.models.fused is None and self._shared() == other._shared())
+        # One table of places, and one filter's loss of power, are of all a batch's images.
+        alone = self.models.fused is not None or self.views[0].reduce == "sum"
+        return self is other or (not alone and self._shared() == other._shared())
 
     def _shared(self) -> list[Any]:
         asked = self.request
         same = [asked.recipe, asked.noise_level, asked.sizes, asked.upscale, asked.negative]
         same += [len(asked.views), asked.views[0].reduce]
-        return [self.models, *same, asked.given.about(), *self.hooks.values()]
+        return [self.models, *same, asked.given.about, *self.hooks.values()]
 
     def text(self) -> tuple[Tensor, Tensor]:
         """The prompts' states (V, L, D), and those of what is to be avoided, (1 or V, L, D)."""
@@ -261,12 +263,16 @@ class Joined:
     def make(self, run: SamplingRun) -> None:
         own = {(run, seed): Future[None]() for seed in run.seeds}
         self.waiting.update(own)
-        while not all(future.done() for future in own.values()):
-            with self.sampling:
-                if not all(future.done() for future in own.values()):
-                    waiting = list(self.waiting)  # to which others may add meanwhile
-                    taken = [job for job in waiting if waiting[0][0].joins(job[0])][: self.limit]
-                    self._make({job: self.waiting.pop(job) for job in taken})
+        try:
+            while not all(future.done() for future in own.values()):
+                with self.sampling:
+                    if not all(future.done() for future in own.values()):
+                        waiting = list(self.waiting)  # to which others may add meanwhile
+                        taken = [job for job in waiting if waiting[0][0].joins(job[0])][: self.limit]
+                        self._make({job: self.waiting.pop(job) for job in taken})
+        finally:
+            for job in own:  # who is interrupted leaves nothing to others
+                self.waiting.pop(job, None)
         for future in own.values():
             future.result()
 
@@ -274,18 +280,19 @@ class Joined:
         try:
             for step in sample_jobs(list(batch), self.limit):
                 keep_pictures(*step)
-        except BaseException as error:
-            if isinstance(error, Exception) and len({run for run, _ in batch}) > 1:
-                for job, future in batch.items():  # one request's error is no other's
-                    self._make({job: future})
-                return
-            for future in batch.values():
-                future.set_exception(error)
-            if not isinstance(error, Exception):
-                raise
-        else:
             for future in batch.values():
                 future.set_result(None)
+        except Exception as error:
+            if len({run for run, _ in batch}) > 1:
+                for job, future in batch.items():  # one request's error is no other's
+                    self._make({job: future})
+            else:
+                for future in batch.values():
+                    future.set_exception(error)
+        finally:
+            for future in batch.values():
+                if not future.done():
+                    future.set_exception(InputError("the batch was interrupted: ask for the pictures again"))
 
 
 def keep_pictures(jobs: Sequence[Job], stage: int, state: StepState) -> None:

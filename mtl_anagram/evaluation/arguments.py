@@ -50,14 +50,18 @@ def protocol_of(options: Any, cascade: Cascade, seeds: list[int]) -> tuple[Proto
         raise InputError("neither the model nor a judge lists its names: give --concepts or --pairs")
     pairs = tuple(tuple(pair.split("/")) for pair in options.pairs or (names if options.singles else ()))
     pairs = pairs or choose_pairs(names, options.pair_count, options.pair_seed)
-    given = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
-    same = {name: getattr(cascade.recipe, name) if value is None else value for name, value in given.items()}
+    asked = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
+    given = {name: value for name, value in asked.items() if value is not None}
+    same = {name: getattr(cascade.recipe, name) for name in asked} | given
     known = {name: dataclasses.replace(r, **same) for name, r in {"own": cascade.recipe, **ABLATION}.items()}
     recipes = {}
     for name in options.recipes or (["plain"] if options.singles else known):
         if name not in known and not name.endswith(".json"):
             raise InputError(f"--recipes {name}: unknown; there are {', '.join(known)}, and JSON files")
-        recipes[Path(name).stem] = known[name] if name in known else read_config(Path(name), Recipe.from_dict)
+        if (stem := Path(name).stem) in recipes:
+            raise InputError(f"--recipes {name}: there is a {stem} already; give the file another name")
+        own = known[name] if name in known else read_config(Path(name), Recipe.from_dict)
+        recipes[stem] = dataclasses.replace(own, **given)
     more = (options.style, options.size, options.noise_level, options.temperature)
     return Protocol(pairs, tuple(options.views), recipes, tuple(seeds), *more), judge
 

@@ -37,7 +37,7 @@ NOT_JSON = {"self", "seeds", "batch_size", "combine", "step", "after"}  # of Cas
 OF_SAMPLE = {*inspect.signature(Cascade.sample).parameters} - NOT_JSON
 FIELDS = sorted({"name", "seed", "num_inference_steps", "guidance_scale"} | OF_SAMPLE)
 SHOWN = 20  # errors in one message
-RELOADS = 16  # batches for which one loading of a network serves, where not all networks are in memory
+RELOADS, LARGE = 16, 4 << 30  # batches for which one loading of networks serves that have so many bytes
 
 
 def batch(
@@ -60,37 +60,41 @@ def batch(
     whole_number("batch_size", batch_size, 1)
     folder, cascade = outputs.check_folder(save_dir, write=True), cascade_of(model, device)
     runs = read_requests(Path(requests), cascade)
-    if cascade is not model and cascade.prompt_cache is None and not cascade.keeps_all:
+    before = cascade.prompt_cache
+    if before is None and not cascade.keeps_all:
         cascade.prompt_cache = PromptCache(folder / STATE / "prompts")
-    return _Batch(cascade, runs, folder, batch_size).work(progress)
+    try:
+        return _Batch(cascade, runs, folder, batch_size).work(progress)
+    finally:
+        cascade.prompt_cache = before
 
 
 def read_requests(path: Path, cascade: Cascade) -> dict[str, SamplingRun]:
     """The requests of a file by name, each checked; one InputError for all lines that are wrong."""
-    runs, wrong = dict[str, SamplingRun](), list[str]()
+    runs, wrong = dict[str, tuple[str, SamplingRun]](), list[str]()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may have other line ends within
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} cannot be read ({error}): give a file of JSON Lines") from error
     for number, line in enumerate(lines, start=1):
         try:
             if line.strip():
                 name, run = _request(line, cascade)
-                if name.lower() in map(str.lower, runs):
+                if name.lower() in runs:
                     raise InputError(f"name={name!r} is another line's, too (in any case): give each its own")
-                runs[name] = run
+                runs[name.lower()] = name, run
         except AnagramError as error:
             wrong.append(f"line {number}: {error}")
     if wrong or not runs:
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise InputError(f"{path}: {'; '.join(wrong[:SHOWN]) or 'it holds no request'}{more}")
-    return runs
+    return dict(runs.values())
 
 
 def _request(line: str, cascade: Cascade) -> tuple[str, SamplingRun]:
     """A line's name and its checked run."""
     try:
-        given = {**json.loads(line)}
+        given = {field: value for field, value in {**json.loads(line)}.items() if value is not None}
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"it is no JSON object ({error}): write one with {', '.join(FIELDS)}") from error
     name, unknown = given.pop("name", None), sorted({*given} - {*FIELDS})
@@ -99,7 +103,6 @@ def _request(line: str, cascade: Cascade) -> tuple[str, SamplingRun]:
     if unknown or not {"prompts", "views"} <= {*given}:
         found = f"{', '.join(unknown)}: unknown" if unknown else "prompts and views are needed"
         raise InputError(f"{found}; a request has {', '.join(FIELDS)}")
-    given = {field: value for field, value in given.items() if value is not None}
     changes = {f: given.pop(f) for f in ("num_inference_steps", "guidance_scale") if f in given}
     recipe = given.pop("recipe", None)
     if recipe in ("released", "corrected", "plain"):
@@ -127,7 +130,9 @@ class _Batch:
 
     def _groups(self) -> dict[str, list[Job]]:
         """What is claimed at once, by name: the same in every process and at every resume, so pictures are, too."""
-        count = self.size * (1 if self.cascade.keeps_all else RELOADS)
+        # By what all processes see alike: how much memory is free, others' loading changes.
+        keep, reloads = self.cascade.keep, {"all": 1, "one": RELOADS}
+        count = self.size * reloads.get(keep, RELOADS if self.cascade.stored > LARGE else 1)
         kinds: list[list[Job]] = []
         for run, own in groupby(self.jobs, key=lambda job: job[0]):
             kind = next((kind for kind in kinds if kind[0][0].joins(run)), None)
@@ -170,12 +175,18 @@ class _Batch:
 
     def _make(self, name: str, group: list[Job]) -> None:
         """One group; where that kills its worker or raises, each of its pictures by itself."""
-        todo = [job for job in group if self._finished(job) is None]
         # The whole batch, even where a part of it is there: arithmetic depends on who is in it.
-        if self._failure(name, group, todo):
-            for job in todo:
+        if (todo := self._left(group)) and self._failure(name, group, todo):
+            for job in self._left(group):
                 if error := self._failure(f"{name}.{group.index(job)}", [job], [job]):
                     self._note({job: error})
+
+    def _left(self, group: list[Job]) -> list[Job]:
+        """Which of a group are not there yet; what is there, whoever made it, comes into the manifest."""
+        found = {job: self._finished(job) for job in group}
+        if there := {job: anagram for job, anagram in found.items() if anagram is not None}:
+            self._note(there)
+        return [job for job, anagram in found.items() if anagram is None]
 
     def _failure(self, name: str, group: list[Job], todo: list[Job]) -> str:
         """Make pictures; what went wrong, "" for nothing."""
@@ -183,6 +194,10 @@ class _Batch:
             return "the process that was at work on it was killed, twice"
         with self.claims.begun(name):
             try:
+                if self.cascade.prompt_cache is not None:  # all of them in one call of the text encoder
+                    asked = [run.request for run, _ in group]
+                    texts = (text for one in asked for text in (*one.prompts, *(one.negative or ())))
+                    self.cascade.encode(list(dict.fromkeys(texts)))
                 self._note(write_jobs(group, todo, self.folders, self.checksums, self.size))
                 return ""
             except (InputError, RuntimeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,11 +92,12 @@ def by_clip(run: SamplingRun, pictures: Tensor, temperature: float = TEMPERATURE
     clip, scores, looks = run.models.noise_clip, [], []
     others = other_prompts(parse_concept(run.request.style).prompt, run.prompts, run.models.clip_concepts)
     texts = clip.embed_text([*run.prompts, *others])
-    own = texts[: len(run.views)]
+    own, sides = texts[: len(run.views)], (SCORER_SIZE, SCORER_SIZE)
+    small = partial(F.interpolate, size=sides, mode="bilinear", antialias=True)
     for part in pictures.split(AT_ONCE):
-        seen = F.interpolate(part, (SCORER_SIZE,) * 2, mode="bilinear", antialias=True).to(texts.device)
-        scores.append(score_matrix(seen, run.views, lambda x: clip.embed_image(x, 0), own))
-        looks.append(score_matrix(seen, run.views, lambda x: embed_finished(clip, x), texts))
+        part = part.to(texts.device)
+        scores.append(score_matrix(part, run.views, lambda x: clip.embed_image(small(x), 0), own))
+        looks.append(score_matrix(part, run.views, lambda x: embed_finished(clip, small(x)), texts))
     return torch.cat(scores).cpu(), anagram_score(torch.cat(looks), temperature).cpu()
 
 

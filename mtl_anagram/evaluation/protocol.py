@@ -187,6 +187,8 @@ def measure(
             samples = _measured(run, judge, read_picture(picture), protocol.temperature)
             content |= {"picture": picture.name, "samples": samples}
             write_atomically(path, (json.dumps(content) + "\n").encode())
+            for made in run.made.values():  # there may be thousands of cells
+                made.clear()
         bar.update(len(units) - bar.n)
     return [read_json(path) for _, _, path, _ in units.values()]
 

@@ -138,9 +138,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return {**json.loads(path.read_text(encoding="utf-8"))}  # TypeError where it is something else
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise SourceError(
-            f"{path} is no readable JSON object ({error}): check its path, or download it again"
-        ) from error
+        remedy = "check its path, or download it again"
+        raise SourceError(f"{path} is no readable JSON object ({error}): {remedy}") from error
 
 
 def read_config(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:

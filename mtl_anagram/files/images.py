@@ -70,7 +70,7 @@ def read_picture(path: str | Path) -> Tensor:
     try:
         content = io.BytesIO(Path(os.path.expanduser(path)).read_bytes())
         return as_tensor(ImageOps.exif_transpose(Image.open(content)).convert("RGB"))
-    except (OSError, TypeError, ValueError) as error:  # PIL's own kind is an OSError
+    except (OSError, TypeError, ValueError, Image.DecompressionBombError) as error:  # else PIL's are OSErrors
         raise SourceError(f"{str(path)!r} is no readable picture ({error}): check its path") from error
 
 

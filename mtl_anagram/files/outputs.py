@@ -136,7 +136,9 @@ def finished(
     if differs:
         said = f"holds another request's pictures (different: {', '.join(differs)})"
         raise InputError(f"{own} {said}; {REPLACE}")
-    if any(sums.get(name) != found for name, found in _sums(own, sizes).items()):
+    copies = [own / f"{name}.png" for name in ("start_from", "reference") if name in new]
+    whole = all(sums.get(name) == found for name, found in _sums(own, sizes).items())
+    if not whole or not all(path.is_file() for path in copies):
         return None
     remove_leftovers(own)
     said = f"{own}: its pictures were made in {recorded} and are left as they are; in {dtype} they differ; {REPLACE}"

@@ -12,10 +12,7 @@ from ..errors import SourceError, WeightsError
 
 
 def read_safetensors(path: Path, *names: str) -> dict[str, Tensor]:
-    """A file's tensors by name (none named = all), memory-mapped, on the CPU.
-
-    SourceError where the file is cut or something else.
-    """
+    """A file's tensors by name (none named = all), memory-mapped, on the CPU; SourceError for a cut or other file."""
     try:
         # Whatever the host has set: else tensors could be on another device, or take part in no gradient.
         with torch.device("cpu"), torch.inference_mode(False), safe_open(path, "pt", device="cpu") as file:

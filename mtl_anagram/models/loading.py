@@ -111,9 +111,8 @@ def load_noise_clip(
         try:
             return assemble(lambda: build(state), state, dtype=dtype, device=device, one_dtype=True)
         except (InputError, KeyError, ValueError) as error:  # a tensor that is not there, or of another shape
-            raise WeightsError(
-                f"{path} is no such tower ({error}): take the file from a whole release"
-            ) from error
+            remedy = "take the file from a whole release"
+            raise WeightsError(f"{path} is no such tower ({error}): {remedy}") from error
 
     return NoiseCLIP(tower(image, image_encoder_from), tower(text, text_encoder_from), CLIPTokenizer(pairs))
 

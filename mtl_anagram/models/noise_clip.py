@@ -35,10 +35,9 @@ class NoiseCLIP(nn.Module):
         super().__init__()
         sizes = image_encoder.embedding, text_encoder.embedding
         if sizes[0] != sizes[1] or tokenizer.vocab_size > text_encoder.vocab:
-            raise InputError(
-                f"take all parts from one release: pictures embed in {sizes[0]} numbers, texts in {sizes[1]}; the "
-                f"tokenizer has {tokenizer.vocab_size} tokens, the text tower {text_encoder.vocab}"
-            )
+            said = f"pictures embed in {sizes[0]} numbers, texts in {sizes[1]}; the tokenizer has"
+            said += f" {tokenizer.vocab_size} tokens, the text tower {text_encoder.vocab}"
+            raise InputError(f"{said}: take all parts from one release")
         self.image_encoder, self.text_encoder, self.tokenizer = image_encoder, text_encoder, tokenizer
 
     def embed_image(self, pictures: Tensor, t: int | Tensor) -> Tensor:
@@ -92,10 +91,8 @@ class Tower(nn.Module):
     def __init__(self, entry: nn.Module, width: int, layers: int, embedding: int, *, causal: bool) -> None:
         super().__init__()
         if width < HEAD_SIZE or width % HEAD_SIZE or layers < 1:
-            raise InputError(
-                f"width={width}, layers={layers}: a tower has a multiple of {HEAD_SIZE} channels, the size of a head, "
-                "and at least one layer"
-            )
+            wanted = f"a tower has a multiple of {HEAD_SIZE} channels, a head's size, and a layer or more"
+            raise InputError(f"width={width}, layers={layers}: {wanted}")
         self.embedding = embedding
         blocks = {f"block_{i}": Block(width, layers, causal=causal) for i in range(layers)}
         exit_ = nn.Sequential(OrderedDict(ln=LayerNorm(width), f=Linear(width, embedding, bias=False)))

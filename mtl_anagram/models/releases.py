@@ -171,10 +171,7 @@ def network_files(network: Network, source: Source, variant: str | None, *, fetc
 
 
 def part_files(source: Source, part: str, variant: str | None) -> dict[str, Path]:
-    """The files of one part that pictures depend on, by their names within it, fetched if they are not here.
-
-    SourceError where one is missing.
-    """
+    """One part's files that pictures depend on, by name, fetched if they are not here; SourceError for one missing."""
     # model_index.json, which lies in no folder, holds a limit: it changes no picture.
     found = {name: optional_file(source, *name.split("/")) for name in SMALL_FILES[part] if "/" in name}
     for network in (network for network in NETWORKS if network.part == part):

@@ -1,7 +1,7 @@
 """Rows of a batch side by side on a CPU: threads with rows of their own wait less for each other than at one row."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -28,8 +28,9 @@ def each(work: Callable[[B], T], blocks: Sequence[B], side_by_side: bool = True)
             done.update((i, work(block)) for i, block in todo)
 
     try:
-        for taken in [_threads.submit(take) for _ in range(workers)]:
-            taken.result()
+        taken, _ = wait([_threads.submit(take) for _ in range(workers)])  # all of them, also after an error
+        for one in taken:
+            one.result()
     finally:
         torch.set_num_threads(threads)
     return [done[i] for i in range(len(blocks))]

@@ -50,10 +50,8 @@ class T5Config(Config):
     def check(self) -> None:
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets % 2 or buckets < 4 or distance <= buckets // 4:
-            raise ConfigError(
-                f"relative_attention_num_buckets={buckets} must be even and at least 4, and "
-                f"relative_attention_max_distance={distance} above a quarter of it"
-            )
+            said = f"relative_attention_num_buckets={buckets} must be even and at least 4, and"
+            raise ConfigError(f"{said} relative_attention_max_distance={distance} above a quarter of it")
 
 
 class T5Encoder(nn.Module):
@@ -87,23 +85,18 @@ class T5Encoder(nn.Module):
         return self.encoder(stream, mask).to(self.dtype)
 
     def _check(self, ids: Tensor, mask: Tensor | None) -> None:
-        given, size = [ids] if mask is None else [ids, mask], self.config.vocab_size
-        fits = all(
-            isinstance(x, Tensor) and not x.is_floating_point() and x.shape == ids.shape for x in given
-        )
-        if not fits or ids.ndim != 2 or not ids.shape[1]:
-            found = [
-                f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in given
-            ]
-            raise InputError(
-                f"ids and mask are {' and '.join(found)}: give tensors of integers (B, L), L at least 1, both of one "
-                "shape, mask 1 = keep, 0 = padding"
-            )
+        for name, x in (("ids", ids), ("mask", ids if mask is None else mask)):
+            found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            whole = isinstance(x, Tensor) and not x.is_floating_point() and x.shape == ids.shape
+            if not whole or x.ndim != 2 or not x.shape[1]:
+                wanted = (
+                    "integers (B, L), L at least 1, ids and mask of one shape, mask 1 = keep, 0 = padding"
+                )
+                raise InputError(f"{name} is {found}: give tensors of {wanted}")
+        size = self.config.vocab_size
         if not ids.is_meta and not ((ids >= 0) & (ids < size)).all():
-            raise InputError(
-                f"ids run from {ids.min()} to {ids.max()}, but the vocabulary has {size} entries: use the tokenizer "
-                "that belongs to this model"
-            )
+            said = f"but the vocabulary has {size} entries: use the tokenizer that belongs to this model"
+            raise InputError(f"ids run from {ids.min()} to {ids.max()}, {said}")
 
 
 class Stack(nn.Module):

@@ -107,7 +107,7 @@ class _StreamedLinear(nn.Linear):
 
 def _check_finite(states: Tensor, name: str, shards: Shards) -> None:
     if not states.sum(dtype=torch.float32).isfinite():
-        raise WeightsError(
-            f"{shards.origin}: {name} gives states that are not finite. The file is damaged: download it again (or "
-            f"its values overflow {states.dtype}: load in float32 or bfloat16)"
+        remedy = (
+            f"download the file again (or its values overflow {states.dtype}: load in float32 or bfloat16)"
         )
+        raise WeightsError(f"{shards.origin}: {name} gives states that are not finite: {remedy}")

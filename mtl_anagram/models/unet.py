@@ -64,10 +64,8 @@ class UNet(parts.UNetBase):
         """T5's states (R, L, encoder_hid_dim) -> what every step needs of them."""
         width = self.config.encoder_hid_dim
         if text.ndim != 3 or text.shape[-1] != width:
-            raise InputError(
-                f"text of shape {tuple(text.shape)}: expected (rows, tokens, {width}), the states of the text "
-                "encoder that belongs to this UNet"
-            )
+            wanted = f"(rows, tokens, {width}), the states of the text encoder that belongs to this UNet"
+            raise InputError(f"text of shape {tuple(text.shape)}: expected {wanted}")
         text = text.to(self.dtype)
         projected = self.encoder_hid_proj(text)  # (R, L, cross)
         keys, values = {}, {}
@@ -117,11 +115,9 @@ class UNet(parts.UNetBase):
         inside = [tuple(name for name in layers if place and name.startswith(place)) for place in places]
         wanted = {name for names in inside for name in names if layers[name] == resolution}
         if isinstance(places, str) or not all(inside) or not wanted:
-            raise InputError(
-                f"resolution={resolution}, places={places!r}: no such attention layers for a picture of side "
-                f"{x.shape[-2]}; ask for one of {sorted(set(layers.values()))}, and for a list of 'down', 'mid', "
-                f"'up', or of paths such as {max(layers)!r}"
-            )
+            said = f"a picture of side {x.shape[-2]} has attention at {sorted(set(layers.values()))}"
+            remedy = f"ask for that, and for a list of 'down', 'mid', 'up', or paths such as {max(layers)!r}"
+            raise InputError(f"resolution={resolution}, places={places!r}: {said}; {remedy}")
         x, emb = self._inputs(x, t, context, class_labels)
         attend = columns_by(self.token_maps, x.device)
 

@@ -55,10 +55,8 @@ class TextContext:
         one = len(spans) == 2 and all(isinstance(end, int) for end in spans)
         ranges = cast("Sequence[Span]", [spans] * rows if one else spans)
         if len(ranges) != rows or not all(0 <= start < stop <= tokens for start, stop in ranges):
-            raise InputError(
-                f"spans={spans!r}: give one token range (start, stop) or {rows}, one per row, with "
-                f"0 <= start < stop <= {tokens} tokens"
-            )
+            limits = f"0 <= start < stop <= {tokens} tokens"
+            raise InputError(f"spans={spans!r}: give one (start, stop), or {rows}, with {limits}")
         longest = max(stop - start for start, stop in ranges)
         picked = torch.zeros(rows, tokens, longest, dtype=torch.float32, device="cpu")
         for row, (start, stop) in enumerate(ranges):
@@ -305,9 +303,8 @@ class UNetBase(nn.Module):
         """A call's picture, checked, in the network's dtype."""
         channels, factor = self.config.in_channels, self.config.size_factor
         if x.ndim != 4 or x.shape[1] != channels or not all(n and n % factor == 0 for n in x.shape[-2:]):
-            raise InputError(
-                f"x of shape {tuple(x.shape)}: expected (rows, {channels}, H, W), H and W multiples of {factor}"
-            )
+            wanted = f"(rows, {channels}, H, W), H and W multiples of {factor}"
+            raise InputError(f"x of shape {tuple(x.shape)}: expected {wanted}")
         return x.to(self.dtype)
 
     def numbers(self, name: str, value: Number, rows: int) -> Tensor:

@@ -24,6 +24,7 @@ DUCK = {"prompts": ["a duck", "a rabbit"], "views": ["identity", "flip"]}
 CAT = {"prompts": ["a cat", "a [sea] view"], "views": ["rotate_180", "negate"]}
 FIRST = {"name": "one", **DUCK, "seed": [0, 3], **TINY}
 SECOND = {"name": "two", **CAT, "seed": 1, **TINY}
+HYBRIDS = [{**FIRST, "name": name, "views": ["low_pass", "high_pass"]} for name in ("far", "near")]
 OTHER = {**SECOND, "name": "other one", "style": "a sketch of", "recipe": "plain", "stop_after": 32}
 
 
@@ -59,17 +60,18 @@ def in_a_child(cascade_folder):
 def test_requests_share_batches_and_each_is_what_it_would_be_alone(cascade, tmp_path, monkeypatch):
     rows = []
     hook = cascade.unet_1.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
-    path = write(tmp_path / "requests.jsonl", FIRST, OTHER, SECOND)
+    path = write(tmp_path / "requests.jsonl", FIRST, OTHER, SECOND, *HYBRIDS)
     lines = batch(path, tmp_path / "out", model=cascade)
     hook.remove()
     assert max(rows) == 3 * 2 * 2  # three pictures of two requests with two views, guided
     wanted = [("one", 0), ("one", 3), ("other one", 1), ("two", 1)]
+    wanted += [("far", 0), ("far", 3), ("near", 0), ("near", 3)]
     assert [(line["name"], line["seed"]) for line in lines] == wanted
     assert {line["status"] for line in lines} == {"done"}
     assert lines == manifest(tmp_path / "out")
-    recipes = {"other one": Recipe.plain(), "one": None, "two": None}
-    for request in (FIRST, OTHER, SECOND):
-        own = {**request, "style": request.get("style", ""), "recipe": recipes[request["name"]]}
+    for request in (FIRST, OTHER, SECOND, *HYBRIDS):
+        recipe = Recipe.plain() if request is OTHER else None
+        own = {**request, "style": request.get("style", ""), "recipe": recipe}
         folder = tmp_path / "alone" / own.pop("name")
         generate_anagram(**own, save_dir=folder, model=cascade)
         (folder / "seeds.png").unlink(missing_ok=True)  # a batch makes no sheet of seeds
@@ -90,6 +92,7 @@ BAD = [
     ({"name": "a/b"}, "name='a/b' must be"),
     ({"name": "more", "colour": 3}, "colour: unknown"),
     ({"name": "more", "views": ["identity"]}, "2 prompts for 1 views"),
+    ({"name": "more", "prompts": None}, "prompts and views are needed"),
     ({"name": "more", "recipe": {"horizons": 3}}, "did you mean 'horizon'"),
     ({"name": "ONE"}, "another line's"),
     ({"name": "more", "seed": -1}, "seed=-1"),

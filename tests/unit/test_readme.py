@@ -62,9 +62,7 @@ def test_python_blocks(tmp_path, monkeypatch, capsys):
     assert sorted(path.parent.name for path in tmp_path.glob("plants/*/sample_256.png")) == ["0007"]
     assert call["made"][0].pictures[256] == Path("plants/0007/sample_256.png")
     assert memory["picture"].shape == (1, 3, 64, 64)
-    recipe = mtl_anagram.Recipe.released(
-        num_inference_steps=2, guidance_scale=5.0, anti_segregation=False, horizon=30
-    )
+    recipe = mtl_anagram.Recipe.released(num_inference_steps=2, guidance_scale=5.0, anti_segregation=False)
     run = loop["cascade"].sample(
         ["a duck", "a house"], loop["views"], 7, style="a poster of", recipe=recipe, stop_after=64
     )

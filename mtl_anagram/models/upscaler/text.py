@@ -34,9 +34,8 @@ class UpscalerTokenizer:
         self.pairs = CLIPTokenizer(merges)
         names = self.pairs.names()
         if read_json(require(files, "vocab.json")) != names or not isinstance(pad, str) or pad not in names:
-            raise SourceError(
-                f"{merges}, its vocab.json and the padding token {pad!r} do not belong together; download them again"
-            )
+            said = "do not belong together; download them again"
+            raise SourceError(f"{merges}, its vocab.json and the padding token {pad!r} {said}")
         self.vocab_size, self.pad = len(names), names[pad]
         self.special = {START: names[START], END: names[END], pad: self.pad}
 
