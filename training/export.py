@@ -13,8 +13,9 @@ from torch import Tensor
 from mtl_anagram.files.atomic import write_atomically
 from training import checkpoints, drawings, loop, styles, train_stage1, train_stage2
 
-# The published schedulers' settings, but for one of stage I: its sample_max_value is 1.5. That dynamic threshold
-# divides a picture whose guided ink goes beyond black by up to 1.5, paper included: white is drawn as light grey.
+# The published schedulers' settings, but for two. Stage I's sample_max_value is 1.5: that dynamic threshold divides a
+# picture whose guided ink goes beyond black by up to 1.5, paper included: white is drawn as light grey. Stage II's
+# variance is the learned one: on what a short training has learnt of it, a step leaves grain in flat colours.
 SCHEDULER = {
     "_class_name": "DDPMScheduler", "beta_end": 0.02, "beta_schedule": "squaredcos_cap_v2",
     "beta_start": 0.0001, "clip_sample": True, "clip_sample_range": 1.0, "dynamic_thresholding_ratio": 0.95,
@@ -22,6 +23,7 @@ SCHEDULER = {
     "prediction_type": "epsilon", "sample_max_value": 1.0, "thresholding": True, "trained_betas": None,
     "variance_type": "learned_range",
 }  # fmt: skip
+SCHEDULER_2 = {**SCHEDULER, "variance_type": "fixed_small"}
 
 
 def as_json(content: Any) -> bytes:
@@ -59,7 +61,7 @@ def export_stage2(state: dict[str, Any], out: Path) -> None:
     unet.load_state_dict(state["ema"])
     write_atomically(out / "stage_2/unet/config.json", as_json(unet.config.to_dict()))
     write_atomically(out / "stage_2/unet/diffusion_pytorch_model.safetensors", half(unet.state_dict()))
-    write_atomically(out / "stage_2/scheduler/scheduler_config.json", as_json(SCHEDULER))
+    write_atomically(out / "stage_2/scheduler/scheduler_config.json", as_json(SCHEDULER_2))
 
 
 def export_noise_clip(state: dict[str, Any], out: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from training import checkpoints, drawings
 
-CASCADE = "embedded-v6"  # the name of what is trained here
+CASCADE = "embedded-v7"  # the name of what is trained here
 LOGGED = 50  # steps to a line of the log
 EMA_LIMIT = 0.9985  # the average is over a few hundred steps, so it is good at any time
 MEANING = {  # of the plans' fields that are options
