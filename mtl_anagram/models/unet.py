@@ -115,9 +115,9 @@ class UNet(parts.UNetBase):
         inside = [tuple(name for name in layers if place and name.startswith(place)) for place in places]
         wanted = {name for names in inside for name in names if layers[name] == resolution}
         if isinstance(places, str) or not all(inside) or not wanted:
-            said = f"a picture of side {x.shape[-2]} has attention at {sorted(set(layers.values()))}"
-            remedy = f"ask for that, and for a list of 'down', 'mid', 'up', or paths such as {max(layers)!r}"
-            raise InputError(f"resolution={resolution}, places={places!r}: {said}; {remedy}")
+            said = f"a picture of side {x.shape[-2]} has no such layers; ask for one of {sorted({*layers.values()})}"
+            remedy = f"and for a list of 'down', 'mid', 'up', or paths such as {max(layers)!r}"
+            raise InputError(f"resolution={resolution}, places={places!r}: {said}, {remedy}")
         x, emb = self._inputs(x, t, context, class_labels)
         attend = columns_by(self.token_maps, x.device)
 
