@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,7 +135,7 @@ class Models:
         if self.keep != "auto":
             return self.keep == "all"
         here = all(source is None or Path(source).is_dir() for source in self.sources.values())
-        return here and self._fits(self.stored, unknown=False)
+        return here and self._fits(self.stored(self.sources), unknown=False)
 
     @cached_property
     def streams_text(self) -> bool:
@@ -145,10 +145,9 @@ class Models:
         stored = sum(path.stat().st_size for path in self._text_files().values())
         return not self._fits(stored, unknown=True)
 
-    @property
-    def stored(self) -> int:
-        """Bytes of the weight files."""
-        paths = weight_paths(self.sources, self.variants, self.sources).values()
+    def stored(self, parts: Iterable[str] = UP_TO_STAGE_2) -> int:
+        """Bytes of these parts' files, fetched if they are not here."""
+        paths = weight_paths(self.sources, self.variants, parts).values()
         return sum(path.stat().st_size for path in paths)
 
     def _fits(self, stored: int, *, unknown: bool) -> bool:

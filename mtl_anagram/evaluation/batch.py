@@ -131,8 +131,9 @@ class _Batch:
     def _groups(self) -> dict[str, list[Job]]:
         """What is claimed at once, by name: the same in every process and at every resume, so pictures are, too."""
         # By what all processes see alike: how much memory is free, others' loading changes.
-        keep, reloads = self.cascade.keep, {"all": 1, "one": RELOADS}
-        count = self.size * reloads.get(keep, RELOADS if self.cascade.stored > LARGE else 1)
+        keep = self.cascade.keep
+        large = keep == "one" or (keep == "auto" and self.cascade.stored() > LARGE)
+        count = self.size * (RELOADS if large else 1)
         kinds: list[list[Job]] = []
         for run, own in groupby(self.jobs, key=lambda job: job[0]):
             kind = next((kind for kind in kinds if kind[0][0].joins(run)), None)
