@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,24 +135,18 @@ class Models:
         if self.keep != "auto":
             return self.keep == "all"
         here = all(source is None or Path(source).is_dir() for source in self.sources.values())
-        return here and self._fits(self.stored(self.sources), unknown=False)
+        return here and self._fits(weight_paths(self.sources, self.variants, self.sources), unknown=False)
 
     @cached_property
     def streams_text(self) -> bool:
         """Whether the text encoder runs from its files; "auto": where it does not fit what is free."""
         if self.text_mode != "auto":
             return self.text_mode == "streamed"
-        stored = sum(path.stat().st_size for path in self._text_files().values())
-        return not self._fits(stored, unknown=True)
+        return not self._fits(self._text_files(), unknown=True)
 
-    def stored(self, parts: Iterable[str] = UP_TO_STAGE_2) -> int:
-        """Bytes of these parts' files, fetched if they are not here."""
-        paths = weight_paths(self.sources, self.variants, parts).values()
-        return sum(path.stat().st_size for path in paths)
-
-    def _fits(self, stored: int, *, unknown: bool) -> bool:
-        """Whether so many bytes of files fit the memory that is free; `unknown` where that is not known."""
-        memory = memory_of(self.device)
+    def _fits(self, paths: Mapping[str, Path], *, unknown: bool) -> bool:
+        """Whether files fit the memory that is free; `unknown` where that is not known."""
+        memory, stored = memory_of(self.device), sum(path.stat().st_size for path in paths.values())
         return unknown if memory is None else stored <= SHARE * memory.free
 
     @property

@@ -27,6 +27,7 @@ from ..files.hub import Source
 from ..files.outputs import Anagram
 from ..files.prompt_cache import PromptCache
 from ..generate import cascade_of, checksums_of, finished_job, write_jobs
+from ..models.releases import UP_TO_STAGE_2, weight_paths
 from ..sampling import Recipe, UpscaleRecipe
 
 log = logging.getLogger("mtl_anagram")
@@ -131,8 +132,10 @@ class _Batch:
     def _groups(self) -> dict[str, list[Job]]:
         """What is claimed at once, by name: the same in every process and at every resume, so pictures are, too."""
         # By what all processes see alike: how much memory is free, others' loading changes.
-        keep = self.cascade.keep
-        large = keep == "one" or (keep == "auto" and self.cascade.stored() > LARGE)
+        keep, sources, variants = self.cascade.keep, self.cascade.sources, self.cascade.variants
+        paths = weight_paths(sources, variants, UP_TO_STAGE_2).values()
+        stored = sum(path.stat().st_size for path in paths)
+        large = keep == "one" or (keep == "auto" and stored > LARGE)
         count = self.size * (RELOADS if large else 1)
         kinds: list[list[Job]] = []
         for run, own in groupby(self.jobs, key=lambda job: job[0]):

@@ -112,7 +112,7 @@ def checked_picture(given: Any, images: int, name: str = "low_res", sides: Any =
     if not max(-low, high) <= RANGE:  # a nan fails too
         remedy = "give pictures in [-1, 1], the last state's x"
         raise InputError(f"{name} has values up to {max(-low, high):g}: {remedy}")
-    if low >= 0 and sides == (None, None):  # one that was brought to a size has been looked at
+    if low >= 0:
         said = f"{name} has no negative value (the smallest is {low:g}): pictures are in [-1, 1] here"
         warnings.warn(f"{said}; one in [0, 1] is 2 * picture - 1", stacklevel=3)
     return given
