@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,16 +19,17 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..errors import InputError, number, whole_number
-from ..files.animation import KINDS, RATE, encode_animation
+from ..errors import InputError, SourceError, number, whole_number
 from ..files.hub import read_json
-from ..files.images import as_tensor, contact_sheet, encode_png, label, read_picture
+from ..files.images import as_image, as_tensor, contact_sheet, encode_png, label, read_picture
 from ..files.outputs import METADATA, SCORES, picture_names, read_metadata, write_new
 from ..views import View, get_views, view_from_metadata
 from ..views.motion import Motion, Moving
 from ..views.registry import CLASSES
 
 SIDE = 256  # px: of the pictures that are shown
+RATE = 20  # frames a second
+KINDS = ("gif", "webp", "mp4")
 ROOM = 0.21  # of a picture's side, around it, where its corners turn
 SHAPES = (  # of the picture on which views are shown, in 128ths of its side
     ("rectangle", (0, 92, 128, 128), "yellowgreen"), ("ellipse", (92, 8, 120, 36), "gold"),
@@ -117,6 +122,35 @@ def _frames(made: Made, count: int) -> Iterator[tuple[Tensor, int]]:
             picture = leg.at(1 - along if back else along, room)
             picture = picture.repeat_interleave(grown, 1).repeat_interleave(grown, 2)
             yield torch.cat([picture, torch.lerp(below[i], below[j], done)], dim=1), 1 if tick else RATE
+
+
+def encode_animation(frames: Sequence[Tensor], ticks: Sequence[int], kind: str) -> bytes | None:
+    """Frames (3, H, W) in [-1, 1], each shown for so many ticks of 1 / RATE s, over and over; None: no ffmpeg here.
+
+    kind: "gif" (256 colours), "webp" (a tenth of its bytes) or "mp4" (one round, by ffmpeg).
+    """
+    if kind == "mp4":
+        return _by_ffmpeg(frames, ticks) if shutil.which("ffmpeg") else None
+    images, buffer = [as_image(frame) for frame in frames], io.BytesIO()
+    if kind == "gif":
+        images = [image.quantize(256, dither=Image.Dither.NONE) for image in images]
+    times = [1000 // RATE * count for count in ticks]  # ms
+    more = {"save_all": True, "append_images": images[1:], "duration": times, "loop": 0, "quality": 90}
+    images[0].save(buffer, format=kind, **more)
+    return buffer.getvalue()
+
+
+def _by_ffmpeg(frames: Sequence[Tensor], ticks: Sequence[int]) -> bytes:
+    raw = b"".join(as_image(frame).tobytes() * count for frame, count in zip(frames, ticks, strict=True))
+    given = f"-loglevel error -f rawvideo -pix_fmt rgb24 -s {frames[0].shape[2]}x{frames[0].shape[1]} -r {RATE} -i -"
+    made = "-vf crop=trunc(iw/2)*2:trunc(ih/2)*2 -pix_fmt yuv420p -movflags +faststart"  # sides must be even
+    with tempfile.TemporaryDirectory() as folder:  # the format is not written in one go
+        path = Path(folder, "made.mp4")
+        command = ["ffmpeg", *given.split(), *made.split(), str(path)]
+        done = subprocess.run(command, input=raw, capture_output=True)
+        if done.returncode:
+            raise SourceError(f"ffmpeg made no MP4: {done.stderr.decode(errors='replace').strip()[-300:]}")
+        return path.read_bytes()
 
 
 def write_page(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .attention import multi_head, random_weight, sinusoids, split
 from .configs import CROSS_NORM_GROUPS, UNetConfig, UNetSizes
+from .winograd import Conv3x3
 
 Span = tuple[int, int]
 Number = int | Tensor
@@ -157,10 +158,10 @@ class Resnet(nn.Module):
         self.act: Activation = F.silu if plain else F.gelu
         groups, eps = config.norm_num_groups, config.norm_eps
         self.norm1 = nn.GroupNorm(groups, in_width, eps=eps)
-        self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
+        self.conv1 = Conv3x3(in_width, width)
         self.time_emb_proj = nn.Linear(config.time_width, width if plain else 2 * width)
         self.norm2 = nn.GroupNorm(groups, width, eps=eps)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = Conv3x3(width, width)
         self.conv_shortcut = nn.Identity() if in_width == width else nn.Conv2d(in_width, width, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:

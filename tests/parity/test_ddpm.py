@@ -24,6 +24,7 @@ CONFIGS = {
     },
     "unclipped": {**STAGE_1, "thresholding": False, "clip_sample": False},
     "clipped": {**STAGE_1, "thresholding": False, "clip_sample_range": 0.8},
+    "bare": {"beta_schedule": "squaredcos_cap_v2"},
 }  # fmt: skip
 
 
@@ -39,7 +40,8 @@ def test_tables_are_diffusers_tables(steps):
     assert torch.equal(ours.betas, reference.betas)
     assert torch.equal(ours.alphas_cumprod, reference.alphas_cumprod)
     assert list(ours.timesteps) == reference.timesteps.tolist()
-    assert ours == Schedule.from_config(json.loads(json.dumps(STAGE_1)), steps)
+    written = json.loads(json.dumps({**CONFIGS["stage_2"], "_diffusers_version": "0.15.0.dev0"}))
+    assert [ours, Schedule.stage_2(steps)] == [Schedule.from_config(c, steps) for c in (STAGE_1, written)]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 27, 30, 100])

@@ -13,7 +13,8 @@ from mtl_anagram import InputError
 from mtl_anagram.models import UNet, UNetConfig
 from mtl_anagram.models.attention import attention_with_columns
 from mtl_anagram.models.unet_blocks import scaled_norm, upconv
-from tests.helpers import Operations, relative
+from mtl_anagram.models.winograd import Conv3x3
+from tests.helpers import Operations, noise, relative
 from tests.readme import ROOT
 from tests.unit.tiny import STAGE_1, TWO_LEVELS
 
@@ -109,6 +110,25 @@ def test_a_doubled_maps_convolution():
         assert relative(found, expected) < 1e-12
         mine, wanted = (torch.autograd.grad(y.sin().sum(), conv.weight)[0] for y in (found, expected))
         assert relative(mine, wanted) < 1e-12
+
+
+@pytest.mark.parametrize("rows, wide, out, height, width", [(1, 160, 400, 64, 48), (33, 176, 160, 8, 16)])
+def test_a_convolution_by_squares(rows, wide, out, height, width):
+    """One picture in several bands, several pictures in one; all else is torch's own."""
+    conv, made = Conv3x3(wide, out).requires_grad_(False), []
+    x = noise(rows, wide, height, width).requires_grad_()
+    with Operations(lambda name, _: made.append(name)):
+        found = conv(x)
+        mine = torch.autograd.grad(found.sin().sum(), x)[0]
+    assert not {"convolution", "convolution_backward"} & {*made}
+    exact = x.detach().double().requires_grad_()
+    wanted = F.conv2d(exact, conv.weight.double(), conv.bias.double(), padding=1)
+    theirs = torch.autograd.grad(wanted.sin().sum(), exact)[0]
+    assert relative(found.double(), wanted) < 2e-6 > relative(mine.double(), theirs)
+    for part in (x[:1, :, :8, :8], x[:1, :, 1:, 1:]):  # few pixels, odd sides
+        assert torch.equal(conv(part), F.conv2d(part, conv.weight, conv.bias, padding=1))
+    conv.requires_grad_(True)
+    assert torch.autograd.grad(conv(x).sum(), conv.weight)[0].any()
 
 
 def test_a_norm_with_scale_and_shift():

@@ -16,9 +16,8 @@ from PIL import Image
 
 from mtl_anagram import InputError, Preview, Recipe, generate_anagram
 from mtl_anagram.__main__ import main
-from mtl_anagram.evaluation.gallery import animate, find_made, write_page
+from mtl_anagram.evaluation.gallery import RATE, animate, encode_animation, find_made, write_page
 from mtl_anagram.files import outputs
-from mtl_anagram.files.animation import RATE, encode_animation
 from mtl_anagram.files.images import encode_png, read_picture, to_uint8
 from mtl_anagram.views import VIEW_NAMES, get_views
 from tests.unit.test_motion import picture

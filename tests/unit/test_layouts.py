@@ -1,4 +1,4 @@
-"""Folders as the releases publish them, small: variants, shards, twins, old configs, the schedulers' files."""
+"""Folders as the releases publish them, small: variants, shards, twins, old configs."""
 
 import json
 
@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 
 from mtl_anagram.models import load_unet
 from mtl_anagram.models.loading import check_unet_files
-from mtl_anagram.sampling import Schedule
 from tests.unit import tiny
 
 UNET = "diffusion_pytorch_model"
@@ -69,15 +68,3 @@ def test_an_old_config(tmp_path, config, without):
     unet = load_unet(tmp_path)
     assert unet.config == expected.config
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), expected.parameters(), strict=True))
-
-
-def test_the_published_schedulers():
-    common = {
-        "_class_name": "DDPMScheduler", "_diffusers_version": "0.15.0.dev0", "beta_end": 0.02,
-        "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001, "clip_sample": True, "clip_sample_range": 1.0,
-        "dynamic_thresholding_ratio": 0.95, "num_train_timesteps": 1000, "prediction_type": "epsilon",
-        "thresholding": True, "trained_betas": None, "variance_type": "learned_range",
-    }  # fmt: skip
-    first = {"sample_max_value": 1.5, "lambda_min_clipped": -5.1}
-    assert Schedule.from_config({**common, **first}, 30) == Schedule.stage_1(30)
-    assert Schedule.from_config({**common, "sample_max_value": 1.0}, 30) == Schedule.stage_2(30)
