@@ -205,7 +205,10 @@ def _generate(options: argparse.Namespace) -> None:
     request["recipe"] = dataclasses.replace(recipe, **changes)
     request["upscale"] = UpscaleRecipe(**upscale) if upscale else None
     words = [word for word in (*options.prompts, *options.views) if word != "identity"]
-    request["save_dir"] = options.out or _folder("output", words, request, cascade)
+    decides = {
+        name: value for name, value in request.items() if name != "upscale"
+    }  # which goes on with the rest
+    request["save_dir"] = options.out or _folder("output", words, decides, cascade)
     request |= _given(options, "stop_after", "batch_size", "overwrite", "progress")
     request |= {"model": cascade, "on_step": Preview(options.preview) if options.preview else None}
     if options.best_of is None:
@@ -229,8 +232,12 @@ def _repeat(options: argparse.Namespace) -> None:
     out = options.out or _folder("repeated", [path.parent.parent.name], {"request": content.get("request")})
     if options.dtype is None and isinstance(made_with := content.get("made_with"), dict):
         options.dtype = made_with.get("dtype")
-    given = _given(options, "progress", "overwrite")
-    _report([repeat_anagram(path, out, model=_cascade(options), **given)])
+    cascade, weights = _cascade(options), content.get("weights")
+    recorded = weights.get("variant") if isinstance(weights, dict) else None
+    if options.variant is None and recorded != cascade.variants["stage_1"]:
+        options.variant = recorded or "fp32"
+        cascade = _cascade(options)
+    _report([repeat_anagram(path, out, model=cascade, **_given(options, "progress", "overwrite"))])
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -260,12 +267,15 @@ def _batch(options: argparse.Namespace) -> None:
 
 def _partners(options: argparse.Namespace) -> None:
     from .cascade import embedded_folder
+    from .errors import InputError, whole_number
     from .evaluation.arguments import judge_of
     from .evaluation.partners import TABLE, measure_partners, partners_of
     from .files.hub import read_json
     from .models.prompts import with_article
 
-    model = Path(options.model or embedded_folder())
+    model, top = Path(options.model or embedded_folder()).expanduser(), whole_number("--top", options.top, 1)
+    if not options.measure and not options.table and not (model / TABLE).is_file():
+        raise InputError(f"{model} has no {TABLE}: --measure makes one, --table names one that is elsewhere")
     if options.measure:
         cascade = _cascade(options)
         out = options.out or os.path.join("partners", Path(cascade.name).name)
@@ -274,7 +284,7 @@ def _partners(options: argparse.Namespace) -> None:
         measure_partners(cascade, out, judge=judge_of(options, model), **given)
     table = os.path.join(out, TABLE) if options.measure else options.table or model / TABLE
     rows = partners_of(table, options.name)
-    for row in rows[: options.top]:
+    for row in rows[:top]:
         read = "" if row.read is None else f"  read both ways {row.read:4.0%}"
         log.info(f"{row.first} / {row.second}, {row.view}{read}  score {row.score:.2f}")
     if rows:
@@ -345,6 +355,7 @@ def _download(options: argparse.Namespace) -> None:
         log.info(f"{path}  {human_bytes(size)}")
     done = f"{len(sizes)} files, {human_bytes(sum(sizes.values()))}; from now on it works offline, too "
     done += f"(HF_HUB_OFFLINE=1): mtl-anagram generate ... --model {options.to or options.model}"
+    done += f" --variant {options.variant}" if options.variant and not options.to else ""
     log.warning(done if sizes else "nothing to fetch: no part of it is on a hub")
 
 

@@ -111,6 +111,7 @@ def repeat_anagram(
     try:
         arguments, request = _arguments(content, Path(metadata)), content["request"]
         dtype, files = content["made_with"]["dtype"], dict(content["weights"]["files"])
+        first = request["weights_sha256"]
         recorded_sums = dict(content.get("pictures", {}))
         third = request["stage_3"]["weights_sha256"] if "stage_3" in request else None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -118,7 +119,7 @@ def repeat_anagram(
         raise InputError(f"{metadata} {said}; give a metadata.json that generate_anagram wrote") from error
     cascade = cascade_of(model, device, dtype)
     found = cascade.checksums(files), cascade.checksums(files, ["stage_3"]) if third else {}
-    for sums, recorded in zip(found, (request["weights_sha256"], third), strict=True):
+    for sums, recorded in zip(found, (first, third), strict=True):
         if recorded and combined_checksum(sums) != recorded:
             said = f"was made with weights of sha256 {recorded}, but {cascade.name} has {combined_checksum(sums)}"
             raise InputError(f"{metadata} {said}: name the same weights with model=")
@@ -238,7 +239,7 @@ def write_run(
 
     with ExitStack() as stack:
         done |= write_jobs(todo, todo, {run: folder}, checksums, run.batch_size, watch, overwrite)
-    if len(run.seeds) > 1 and (todo or not (folder / "seeds.png").is_file()):
+    if len(run.seeds) > 1:
         outputs.write_sheet(folder, run.seeds, run.sizes[0])
     return [done[job] for job in jobs]
 
@@ -257,7 +258,11 @@ def finished_job(job: Job, folder: Path, checksums: Checksums) -> Anagram | None
     run, seed = job
     request, dtype = request_of(run, *checksums), str(run.models.dtype).removeprefix("torch.")
     found = outputs.finished(folder, seed, request, run.sizes, dtype=dtype, normal=normal)
-    return found and dataclasses.replace(found, warnings=(*run.warnings, *found.warnings))
+    if found is None:
+        return None
+    changed = f"{found.folder}: if the rules {request.get('rules')} do something else now, {outputs.REPLACE}"
+    said = [*run.warnings, *found.warnings, *([changed] if "rules" in request else [])]
+    return dataclasses.replace(found, warnings=tuple(said))
 
 
 def write_jobs(

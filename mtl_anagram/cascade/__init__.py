@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -103,7 +104,8 @@ class Cascade(Models):
         picture (a file, or (3, H, W) in [-1, 1]) that the stages vary by `strength`, 0 to 1 (default 0.6): stage I's,
         or [I's, II's]; 0 takes it for stage I's result. reference: one whose component under reference_view (default
         "low_pass") is kept at every step of stages I and II. All is checked at the call: InputError, ConfigError,
-        WeightsError, SourceError; PromptWarning where a prompt asks for what cannot be read, or drawn.
+        SourceError; a damaged weight file, WeightsError, before the first step. PromptWarning where a prompt asks for
+        what cannot be read, or drawn.
         """
         none = type(None)
         check_kinds(style=(style, str), recipe=(recipe, Recipe, none), upscale=(upscale, UpscaleRecipe, none))
@@ -124,6 +126,7 @@ class Cascade(Models):
         check_networks(self, request)
         hooks = {"combine": combine, "step": step, "after": after}
         run = SamplingRun(self, request, check_seeds(seeds), batch_size, hooks)
+        inside = sys._getframe(1).f_globals.get("__name__", "").startswith("mtl_anagram.")  # generate_anagram
         for text in run.warnings:
-            warnings.warn(text, PromptWarning, stacklevel=3)
+            warnings.warn(text, PromptWarning, stacklevel=2 + inside)
         return run

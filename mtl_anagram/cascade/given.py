@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError, number
+from ..errors import InputError, float_tensor, number
 from ..files.images import read_picture, to_uint8
 from ..files.shards import bytes_of
 from ..sampling.checks import checked_picture
@@ -71,6 +71,8 @@ def checked_given(sizes: Sequence[Size], start_from: Any, strength: Any, referen
 def _picture(name: str, given: Any, largest: tuple[int, int]) -> Tensor:
     """A file's or a tensor's picture (3, h, w), no larger than needed, in the 8 bits that its copy will have."""
     tensor = isinstance(given, Tensor)
+    if tensor:
+        float_tensor(name, given, (3, None, None), "(3, H, W), one picture, such as pictures[64][0]")
     one = checked_picture(given[None], 1, name)[0].float().cpu() if tensor else read_picture(given)
     (height, width), (high, wide) = largest, one.shape[1:]
     if high * width != wide * height:

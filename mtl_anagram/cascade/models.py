@@ -197,12 +197,12 @@ class Models:
 
     def attention_resolutions(self, side: int, places: Sequence[str]) -> list[int]:
         """Where stage I's attention layers of some places are, for pictures of this side in px."""
-        unet = self.__dict__.get("unet_1")
-        if not isinstance(unet, UNet):
-            with torch.device("meta"):
-                unet = UNet(self.unet_config(1))
-        layers = unet.attention_layers(side)
-        return sorted({size for name, size in layers.items() if name.startswith(tuple(places))})
+        config = self.unet_config(1)
+        down, up = config.down_block_types, config.up_block_types[::-1]  # by level
+        kinds = {"down": down, "up": up, "mid": (*[""] * (len(down) - 1), "Attn")}
+        return sorted(
+            {side >> i for place in places for i, kind in enumerate(kinds[place]) if "Attn" in kind}
+        )
 
     def release(self, *names: str) -> None:
         """Forget models ("text_encoder", "unet_1", ...; none named = all) and give their memory back."""

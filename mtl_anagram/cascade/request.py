@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MAX_SEED, InputError, whole_number
+from ..errors import MAX_SEED, InputError, float_tensor, whole_number
 from ..models.loading import config_of
 from ..models.prompts import parse_concept, styled
 from ..models.t5 import T5Config
@@ -112,10 +112,12 @@ def checked_sizes(models: Models, views: list[View], size: Size | None, stop_aft
         said = f"the cascade {models.name} has no stage {'I' * lacking}: name one with stage_{lacking}="
         raise InputError(f"stop_after={stop_after}: {said}, or stop before it")
     made = [(sides[0] * times, sides[1] * times) for times in (1, 4, 16)[: last + 1]]
-    checked_views(views, *made)
+    sizes: list[Size] = [height if height == width else (height, width) for height, width in made]
     for view in views:
+        view.check_size(sizes[0])
         _check_inverse(view, made[0])
-    return [height if height == width else (height, width) for height, width in made]
+    checked_views(views, *made)
+    return sizes
 
 
 def _check_inverse(view: View, size: tuple[int, int]) -> None:
@@ -123,8 +125,9 @@ def _check_inverse(view: View, size: tuple[int, int]) -> None:
     picture = (pixel_numbers(*size) + 1).float().expand(1, 3, -1, -1)
     try:
         seen = view.view(picture)
-        back = view.inverse_view(seen)
-    except (RuntimeError, TypeError, IndexError) as error:  # NotImplementedError is a RuntimeError
+        back, shown = view.inverse_view(seen), view.show(picture[0])
+        float_tensor(f"what {view.name} shows", shown, (3, None, None), "(3, H, W)")
+    except Exception as error:  # whatever a view of one's own raises
         raise InputError(f"{view!r} cannot look at a picture {tuple(picture.shape)}: {error}") from error
     exact = seen.shape == picture.shape and torch.equal(back, picture)
     if not exact and view.reduce == "mean":
@@ -154,7 +157,9 @@ def check_networks(models: Models, request: Request) -> None:
         wanted["class_embed_type"] = None if stage == 1 else "timestep"
         found = {name: (getattr(config, name), value) for name, value in wanted.items()}
         _check_fit(models, stage, size, config.size_factor, found)
-        models.schedule(stage, request.recipe.num_inference_steps)
+        schedule = models.schedule(stage, request.recipe.num_inference_steps)
+        if stage == 2:
+            whole_number("noise_level", request.noise_level, 0, schedule.num_train_timesteps - 1)
     if len(request.sizes) > 2:
         _check_upscaler(models, request.views, request.sizes[1], request.upscale)
 

@@ -1,8 +1,7 @@
 """A request under way: the stages one after the other, batch by batch, step by step; nothing is written."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import groupby
@@ -79,6 +78,7 @@ class SamplingRun:
         self.spans = list(spans) if request.segregates else None
         self.made: dict[Size, dict[int, Tensor]] = {size: {} for size in request.sizes}
         self.rules, self._steps = hooks_by_stage(hooks), self._run()
+        self.error: Exception | None = None  # what ended it, where requests are joined
         # By seed, stage I's picture and its generator then: where this is no None, stage I is done once for all `only`.
         self.begun: dict[int, tuple[Tensor, torch.Generator]] | None = None
 
@@ -224,8 +224,8 @@ def sample_jobs(jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[Sequence
                 parts = [[*part] for batch in group for _, part in groupby(batch, key=lambda job: id(job[0]))]
             for part in parts:
                 for state in states(stage, part):
-                    if state.index + 1 == state.num_steps:  # copies: the state is the caller's
-                        made |= zip(part, state.x.clone(), strict=True)
+                    if state.index + 1 == state.num_steps:
+                        made |= zip(part, state.x.clamp(-1, 1), strict=True)  # as the next stage wants them
                         if stage == 1:
                             _keep_begun({job: (made[job], drawn[job]) for job in part})
                     yield part, stage, state
@@ -258,48 +258,47 @@ class Joined:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.sampling = limit, threading.Lock()
-        self.waiting: dict[Job, Future[None]] = {}
+        self.waiting: dict[Job, None] = {}
 
     def make(self, run: SamplingRun) -> None:
-        own = {(run, seed): Future[None]() for seed in run.seeds}
+        own, run.error = dict.fromkeys((run, seed) for seed in run.seeds), None
         self.waiting.update(own)
         try:
-            while not all(future.done() for future in own.values()):
-                with self.sampling:
-                    if not all(future.done() for future in own.values()):
-                        waiting = list(self.waiting)  # to which others may add meanwhile
-                        taken = [job for job in waiting if waiting[0][0].joins(job[0])][: self.limit]
-                        self._make({job: self.waiting.pop(job) for job in taken})
+            while True:
+                with self.sampling:  # under which all are made: what waits no more is done
+                    waiting = list(self.waiting)  # to which others may add meanwhile
+                    if own.keys().isdisjoint(waiting):
+                        break
+                    self._make([job for job in waiting if waiting[0][0].joins(job[0])][: self.limit])
         finally:
-            for job in own:  # who is interrupted leaves nothing to others
-                self.waiting.pop(job, None)
-        for future in own.values():
-            future.result()
+            self._drop(own)  # who is interrupted leaves nothing to others
+        if run.error is not None:
+            raise run.error
 
-    def _make(self, batch: dict[Job, Future[None]]) -> None:
+    def _make(self, batch: Sequence[Job]) -> None:
+        self._drop(batch)
         try:
-            for step in sample_jobs(list(batch), self.limit):
+            for step in sample_jobs(batch, self.limit):
                 keep_pictures(*step)
-            for future in batch.values():
-                future.set_result(None)
         except Exception as error:
             if len({run for run, _ in batch}) > 1:
-                for job, future in batch.items():  # one request's error is no other's
-                    self._make({job: future})
+                for job in batch:  # one request's error is no other's
+                    self._make([job])
             else:
-                for future in batch.values():
-                    future.set_exception(error)
-        finally:
-            for future in batch.values():
-                if not future.done():
-                    future.set_exception(InputError("the batch was interrupted: ask for the pictures again"))
+                run = batch[0][0]
+                run.error = error
+                self._drop([(run, seed) for seed in run.seeds])
+
+    def _drop(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            self.waiting.pop(job, None)
 
 
 def keep_pictures(jobs: Sequence[Job], stage: int, state: StepState) -> None:
     """If a stage is done, copies of its pictures on the CPU for their runs."""
     if (pictures := picture_of(state)) is not None:
         for (run, seed), picture in zip(jobs, pictures, strict=True):
-            run.made[run.sizes[stage - 1]][seed] = picture.detach().to("cpu", torch.float32, copy=True)
+            run.made[run.sizes[stage - 1]][seed] = picture.detach().to("cpu", torch.float32).clamp(-1, 1)
 
 
 def _as_given(pictures: Tensor, steps: int, views: int) -> StepState:

@@ -70,6 +70,7 @@ def judge_of(options: argparse.Namespace, model: Path) -> Judge | None:
     """The judge of --judge's folder, else the model's own, if it has one."""
     from ..models import load_judge
 
+    model = model.expanduser()
     has_judge = options.judge is not None or (model / "judge" / "judge.json").is_file()
     return load_judge(options.judge or model) if has_judge else None
 

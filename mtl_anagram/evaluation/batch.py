@@ -127,6 +127,7 @@ class _Batch:
         self.jobs = [(run, seed) for run in self.names for seed in run.seeds]
         self.checksums = checksums_of(max(self.names, key=lambda run: len(run.sizes)))
         self.claims = Claims(folder / STATE)
+        self.read: tuple[Any, dict[str, Line]] = None, {}  # the manifest's content, and of which file
         self.groups = self._groups()
 
     def _groups(self) -> dict[str, list[Job]]:
@@ -236,8 +237,17 @@ class _Batch:
 
     def _manifest(self) -> dict[str, Line]:
         path = self.folder / MANIFEST
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        return {f"{line['name']}/{line['seed']:04d}": line for line in lines}
+        if not path.is_file():
+            return {}
+        stat = path.stat()  # of the file that took the last one's place
+        if (key := (stat.st_ino, stat.st_mtime_ns, stat.st_size)) != self.read[0]:
+            try:
+                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                self.read = key, {f"{line['name']}/{line['seed']:04d}": line for line in lines}
+            except (OSError, ValueError, TypeError, LookupError) as error:
+                said = f"is no manifest of a batch ({error!r}): move it away, or choose another folder"
+                raise SourceError(f"{path} {said}") from error
+        return dict(self.read[1])
 
     def _write_manifest(self, lines: dict[str, Line]) -> None:
         """In the requests' order, after what other files asked for."""

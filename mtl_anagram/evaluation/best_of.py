@@ -16,7 +16,7 @@ from torch import Tensor
 from ..cascade import Cascade, SamplingRun
 from ..errors import MAX_SEED, InputError, whole_number
 from ..files.atomic import write_atomically
-from ..files.hub import Source
+from ..files.hub import Source, read_json
 from ..files.images import read_picture
 from ..files.outputs import SCORES, Anagram, check_folder
 from ..generate import OnStep, cascade_of, write_run
@@ -77,7 +77,8 @@ def best_of(
     rows = torch.stack([best, alignment(scores), concealment(scores, TEMPERATURE)], dim=1).tolist()
     found = [Candidate(anagram, *row) for anagram, row in zip(made, rows, strict=True)]
     candidates = sorted(found, key=lambda candidate: -candidate.score)
-    kept = {str(candidate.anagram.seed): candidate.score for candidate in candidates}
+    kept = read_json(apart / SCORES) if (apart / SCORES).is_file() and not overwrite else {}
+    kept |= {str(candidate.anagram.seed): candidate.score for candidate in candidates}
     write_atomically(apart / SCORES, json.dumps(kept, indent=1).encode())
     winner = run.only([candidates[0].anagram.seed])
     return write_run(winner, folder, overwrite, progress, on_step)[0], candidates

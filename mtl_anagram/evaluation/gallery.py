@@ -104,7 +104,7 @@ def animate(
                 yield path, write_new(path, content, overwrite)
 
 
-def _frames(made: Made, count: int) -> Iterator[tuple[Tensor, int]]:
+def _frames(made: Made, count: int) -> Iterator[tuple[Image.Image, int]]:
     """Pictures with their prompts below, and for how many ticks each is shown."""
     ways, room = made.ways()
     high, wide = ways[0].stations[0].shape[1:]
@@ -121,28 +121,31 @@ def _frames(made: Made, count: int) -> Iterator[tuple[Tensor, int]]:
             along = done * len(legs) % 1
             picture = leg.at(1 - along if back else along, room)
             picture = picture.repeat_interleave(grown, 1).repeat_interleave(grown, 2)
-            yield torch.cat([picture, torch.lerp(below[i], below[j], done)], dim=1), 1 if tick else RATE
+            frame = torch.cat([picture, torch.lerp(below[i], below[j], done)], dim=1)
+            yield as_image(frame), 1 if tick else RATE
 
 
-def encode_animation(frames: Sequence[Tensor], ticks: Sequence[int], kind: str) -> bytes | None:
-    """Frames (3, H, W) in [-1, 1], each shown for so many ticks of 1 / RATE s, over and over; None: no ffmpeg here.
+def encode_animation(frames: Sequence[Image.Image], ticks: Sequence[int], kind: str) -> bytes | None:
+    """Frames of one size, each shown for so many ticks of 1 / RATE s, over and over; None: no ffmpeg here.
 
     kind: "gif" (256 colours), "webp" (a tenth of its bytes) or "mp4" (one round, by ffmpeg).
     """
     if kind == "mp4":
         return _by_ffmpeg(frames, ticks) if shutil.which("ffmpeg") else None
-    images, buffer = [as_image(frame) for frame in frames], io.BytesIO()
+    images, buffer = frames, io.BytesIO()
     if kind == "gif":
-        images = [image.quantize(256, dither=Image.Dither.NONE) for image in images]
+        images = [image.quantize(256, dither=Image.Dither.NONE) for image in frames]
     times = [1000 // RATE * count for count in ticks]  # ms
     more = {"save_all": True, "append_images": images[1:], "duration": times, "loop": 0, "quality": 90}
     images[0].save(buffer, format=kind, **more)
     return buffer.getvalue()
 
 
-def _by_ffmpeg(frames: Sequence[Tensor], ticks: Sequence[int]) -> bytes:
-    raw = b"".join(as_image(frame).tobytes() * count for frame, count in zip(frames, ticks, strict=True))
-    given = f"-loglevel error -f rawvideo -pix_fmt rgb24 -s {frames[0].shape[2]}x{frames[0].shape[1]} -r {RATE} -i -"
+def _by_ffmpeg(frames: Sequence[Image.Image], ticks: Sequence[int]) -> bytes:
+    raw = b"".join(frame.tobytes() * count for frame, count in zip(frames, ticks, strict=True))
+    given = (
+        f"-loglevel error -f rawvideo -pix_fmt rgb24 -s {frames[0].width}x{frames[0].height} -r {RATE} -i -"
+    )
     made = "-vf crop=trunc(iw/2)*2:trunc(ih/2)*2 -pix_fmt yuv420p -movflags +faststart"  # sides must be even
     with tempfile.TemporaryDirectory() as folder:  # the format is not written in one go
         path = Path(folder, "made.mp4")

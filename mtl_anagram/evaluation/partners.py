@@ -62,9 +62,9 @@ def partners_of(table: str | Path, name: str | None = None) -> list[Partner]:
         raise SourceError(f"{table} is no table of partners ({error!r}): make one with --measure") from error
     wanted = None if name is None else name.lower().strip().removeprefix("a ").removeprefix("an ").strip()
     known = sorted({name for row in rows for name in row[:2]})
-    if wanted is not None and wanted not in known:
+    if wanted not in (None, *map(str.lower, known)):
         raise InputError(f"{name!r} is not in {table}, which knows {', '.join(known)}: take one of these")
-    return [row for row in rows if wanted in (None, row.first, row.second)]
+    return [row for row in rows if wanted in (None, row.first.lower(), row.second.lower())]
 
 
 def _partner(cell: dict[str, Any]) -> Partner:

@@ -10,7 +10,7 @@ from ..errors import SourceError
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all: a neighbour first, then renamed."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "xb") as file:

@@ -37,9 +37,13 @@ class Folder:
         """The file's path, or None where the folder has no such file. SourceError for a Git LFS pointer."""
         if not (path := self.path / name).is_file():
             return None
-        with open(path, "rb") as file:
-            if file.read(len(POINTER)) == POINTER:
-                raise SourceError(f"{path} is a Git LFS pointer: run `git lfs pull`, or download it again")
+        try:
+            with open(path, "rb") as file:
+                pointer = file.read(len(POINTER)) == POINTER
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read ({error}): allow it") from error
+        if pointer:
+            raise SourceError(f"{path} is a Git LFS pointer: run `git lfs pull`, or download it again")
         return path
 
     def listing(self) -> str:
@@ -60,7 +64,7 @@ class Repository:
 
     def get(self, name: str) -> Path | None:
         """The file's path in the hub's cache, or None where the repository (fetch=False: the cache) has none."""
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import constants, errors, hf_hub_download
 
         if not self.fetch:
             return self.cached(name)
@@ -69,7 +73,8 @@ class Repository:
                 return Path(hf_hub_download(self.repo_id, name, subfolder=self.subfolder or None))
             except errors.EntryNotFoundError as error:
                 # Offline, a cached repository that lacks this very file looks the same as an unreachable hub.
-                unknown = self.cached("config.json") is None or _status(error) is not None
+                here = Path(constants.HF_HUB_CACHE, f"models--{self.repo_id.replace('/', '--')}", "snapshots")
+                unknown = not here.is_dir() or _status(error) is not None
                 if isinstance(error, errors.LocalEntryNotFoundError) and unknown:
                     raise
                 return None

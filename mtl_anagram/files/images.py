@@ -32,7 +32,8 @@ def views_strip(picture: Tensor, views: Sequence[Any]) -> Tensor:
     tiles = [view.show(picture).detach().float().cpu() for view in views]
     height = max(tile.shape[1] for tile in tiles)
     for i, (tile, view) in enumerate(zip(tiles, views, strict=True)):
-        name = f"{view.name} {view.angle:g}°" if hasattr(view, "angle") else view.name
+        angle = getattr(view, "angle", None)
+        name = f"{view.name} {angle:g}°" if isinstance(angle, int | float) else view.name
         below = label(name, tile.shape[2], height - tile.shape[1], max(18, height // 10))
         tiles[i] = torch.cat([tile, below], dim=1)
     return torch.cat(tiles, dim=2)
@@ -69,14 +70,20 @@ def read_picture(path: str | Path) -> Tensor:
 
     try:
         content = io.BytesIO(Path(os.path.expanduser(path)).read_bytes())
-        return as_tensor(ImageOps.exif_transpose(Image.open(content)).convert("RGB"))
+        image = ImageOps.exif_transpose(Image.open(content))
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        elif image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+            paper = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(paper, image.convert("RGBA"))
+        return as_tensor(image.convert("RGB"))
     except (OSError, TypeError, ValueError, Image.DecompressionBombError) as error:  # else PIL's are OSErrors
         raise SourceError(f"{str(path)!r} is no readable picture ({error}): check its path") from error
 
 
 def save_picture(path: str | Path, picture: Tensor) -> None:
     """Write one picture (3, H, W) in [-1, 1] as a PNG file, atomically."""
-    write_atomically(Path(path), encode_png(picture))
+    write_atomically(Path(os.path.expanduser(path)), encode_png(picture))
 
 
 def as_tensor(image: Image.Image) -> Tensor:
@@ -110,7 +117,7 @@ class Preview:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.path, self._shown = path and Path(path), None
+        self.path, self._shown = path and Path(os.path.expanduser(path)), None
 
     def __call__(self, seeds: list[int], stage: int, state: Any) -> None:
         pictures = state.x0 if stage < 3 else state.picture

@@ -1,6 +1,7 @@
 """GLIDE's noise-aware CLIP where it was published: two pickled state dicts, kept as they are."""
 
 import os
+import secrets
 import sys
 import zipfile
 from pathlib import Path
@@ -42,10 +43,9 @@ def open_noise_clip(source: Source, subfolder: str | None = None, *, fetch: bool
     return open_source(source, subfolder, CLIP_FILES[0][0], fetch=fetch)
 
 
-def clip_files(files: Files, merges: Source | None = None) -> list[Path]:
-    """The picture tower, the text tower and the merges (or those named); SourceError where one is missing."""
-    towers = [require(files, *names) for names in CLIP_FILES[:2]]
-    return [*towers, Path(merges) if merges is not None else require(files, *MERGES)]
+def clip_files(files: Files) -> list[Path]:
+    """The picture tower, the text tower and the merges; SourceError where one is missing."""
+    return [require(files, *names) for names in CLIP_FILES]
 
 
 def missing(folder: Path) -> list[str]:
@@ -55,8 +55,7 @@ def missing(folder: Path) -> list[str]:
 
 def fetch_glide(folder: Path) -> Path:
     """Bring what is missing into a folder, with a bar where there is a terminal; returns the folder."""
-    lacking = missing(folder)
-    if lacking:
+    if lacking := missing(folder):
         refuse_offline(f"GLIDE's noise-aware CLIP ({', '.join(lacking)}) is not in {folder}")
     for name in lacking:
         if name == MERGES[0]:
@@ -94,7 +93,8 @@ def _download(path: Path) -> None:
     """One tower, whole and of the right size, or not at all."""
     from huggingface_hub.utils import are_progress_bars_disabled
 
-    url, part = URL.format(path.stem), path.with_name(f".{path.name}.part")
+    # A name of its own: other processes may fetch the same.
+    url, part = URL.format(path.stem), path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shown = sys.stderr.isatty() and not are_progress_bars_disabled()

@@ -94,23 +94,21 @@ def load_tokenizer(source: Source, *, subfolder: Name = "tokenizer") -> T5Tokeni
 
 
 def load_noise_clip(
-    source: Source, *, subfolder: Name = None, merges: Source | None = None, dtype: Dtype = None,
-    device: Device = "cpu",
-) -> NoiseCLIP:  # fmt: skip
+    source: Source, *, subfolder: Name = None, dtype: Dtype = None, device: Device = "cpu"
+) -> NoiseCLIP:
     """The noise-aware CLIP from clip_image_enc and clip_text_enc, .safetensors or .pt; sizes are the tensors'.
 
     source "glide": GLIDE's own, downloaded once from where they were published. .pt files are read by torch's
-    weights-only unpickler. The byte-pair merges are the folder's `merges.txt` or `bpe_simple_vocab_16e6.txt.gz`
-    (CLIP's own), or the file that `merges` names.
+    weights-only unpickler. The byte-pair merges are the folder's `merges.txt` or CLIP's `bpe_simple_vocab_16e6.txt.gz`.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
-    image, text, pairs = clip_files(open_noise_clip(source, subfolder), merges)
+    image, text, pairs = clip_files(open_noise_clip(source, subfolder))
 
     def tower(path: Path, build: Callable[[Mapping[str, Tensor]], M]) -> M:
         state = read_pickle(path) if path.suffix == ".pt" else read_safetensors(path)
         try:
             return assemble(lambda: build(state), state, dtype=dtype, device=device, one_dtype=True)
-        except (InputError, KeyError, ValueError) as error:  # a tensor that is not there, or of another shape
+        except (InputError, LookupError, TypeError, ValueError) as error:  # of what tensors there are
             remedy = "take the file from a whole release"
             raise WeightsError(f"{path} is no such tower ({error}): {remedy}") from error
 

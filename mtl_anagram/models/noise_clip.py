@@ -67,7 +67,9 @@ class NoiseCLIP(nn.Module):
         an int or (B,) long; the score is differentiable in them. Raises InputError for another B or V, another size or
         a t that the model does not know.
         """
-        each: Sequence[Any] = [prompts] if isinstance(prompts[0], str) else prompts
+        each: Sequence[Any] = prompts if prompts and not isinstance(prompts[0], str) else [prompts]
+        if len({len(own) for own in each}) > 1:
+            raise InputError(f"prompts={prompts!r} must be as many for each image")
         with torch.no_grad():
             texts = torch.stack([self.embed_text(own) for own in each])  # (1 or B, V, D)
 

@@ -108,7 +108,7 @@ def _planned(
         paths = []
     files = [path for path in paths if path.suffix in (".safetensors", ".pt")]
     known = PUBLISHED.get(str(source) if network.base else GLIDE, {}).get(network.subfolder)
-    if files and files[0].suffix == ".safetensors":  # each by itself: the CLIP's towers share names
+    if {path.suffix for path in files} == {".safetensors"}:  # each by itself: the CLIP's towers share names
         tensors = [item for path in files for item in Shards([path], aliases=T5_ALIASES).items()]
         parameters, stored = sum(t.numel() for _, t in tensors), sum(t.nbytes for _, t in tensors)
         first = max((t.shape[0] for name, t in tensors if name.endswith("conv_in.weight")), default=0)
@@ -134,10 +134,10 @@ def describe(plan: Plan) -> list[str]:
         source = n.source if n.variant is None else f"{n.source} ({n.variant})"
         count, here = "?" if n.parameters is None else f"{n.parameters:,}", "yes" if n.here else "no"
         lines.append(form.format(n.name, source, count, human_bytes(n.disk), human_bytes(n.memory), here))
-    lines += ["", f"{'in memory together':<45} {'needed':>9}  on this machine"]
+    lines += ["", f"{'in memory together':<60} {'needed':>9}  on this machine"]
     for stage in plan.stages:
         members = f"{stage.name}: {', '.join(stage.networks)}"
-        lines.append(f"{members:<45} {human_bytes(stage.needed):>9}  {stage.verdict}")
+        lines.append(f"{members:<60} {human_bytes(stage.needed):>9}  {stage.verdict}")
     if plan.total is not None:
         total, free = human_bytes(plan.total), human_bytes(plan.free)
         lines += ["", f"this machine has {total}, of which {free} are free"]

@@ -37,7 +37,7 @@ NETWORKS = (
     Network("text_encoder", "stage_1", "text_encoder", TEXT_BASE, ("text",)),
     Network("unet_1", "stage_1", "unet", UNET_BASE, ("stage I",)),
     Network("unet_2", "stage_2", "unet", UNET_BASE, ("stage II",)),
-    Network("text_encoder_3", "stage_3", "text_encoder", TEXT_BASE, ("text III",)),
+    Network("text_encoder_3", "stage_3", "text_encoder", TEXT_BASE, ("text III", "stage III")),
     Network("unet_3", "stage_3", "unet", UNET_BASE, ("stage III",)),
     Network("autoencoder_3", "stage_3", "vae", UNET_BASE, ("stage III",)),
     Network("noise_clip", "noise_clip", "", "", STAGES[1:]),

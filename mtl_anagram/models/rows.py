@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Semaphore
 from typing import Any, TypeVar
 
 import torch
@@ -18,21 +19,22 @@ def each(work: Callable[[B], T], blocks: Sequence[B], side_by_side: bool = True)
     workers = min(threads, len(blocks)) if side_by_side else 1
     if workers < 2:
         return [work(block) for block in blocks]
-    todo, done = iter(enumerate(blocks)), dict[int, T]()
+    todo, done, ready = iter(enumerate(blocks)), dict[int, T](), Semaphore(0)
 
     def take() -> None:
         # A thread's own number; but threads that begin later have the last one that was set anywhere.
         if torch.get_num_threads() != threads // workers:
             torch.set_num_threads(threads // workers)
+        ready.release()
         with torch.set_grad_enabled(gradients):
             done.update((i, work(block)) for i, block in todo)
 
-    try:
-        taken, _ = wait([_threads.submit(take) for _ in range(workers)])  # all of them, also after an error
-        for one in taken:
-            one.result()
-    finally:
-        torch.set_num_threads(threads)
+    submitted = [_threads.submit(take) for _ in range(workers)]
+    for _ in submitted:
+        ready.acquire()
+    torch.set_num_threads(threads)  # before others begin, such as those of a server's next requests
+    for one in wait(submitted)[0]:  # all of them, also after an error
+        one.result()
     return [done[i] for i in range(len(blocks))]
 
 

@@ -81,7 +81,7 @@ class T5Encoder(nn.Module):
         """
         self._check(ids, mask)
         weight = self.shared.weight
-        stream = F.embedding(ids, weight).to(torch.promote_types(weight.dtype, torch.float32))
+        stream = F.embedding(ids.long(), weight).to(torch.promote_types(weight.dtype, torch.float32))
         return self.encoder(stream, mask).to(self.dtype)
 
     def _check(self, ids: Tensor, mask: Tensor | None) -> None:

@@ -184,7 +184,7 @@ class CLIPTokenizer:
 def _lines(path: Path) -> list[str]:
     data = path.read_bytes()
     text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-    lines = text.rstrip("\n").split("\n")
+    lines = text.replace("\r\n", "\n").rstrip("\n").split("\n")
     return lines[1:] if "#version" in lines[0] else [line for line in lines if line]
 
 

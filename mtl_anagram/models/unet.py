@@ -86,7 +86,7 @@ class UNet(parts.UNetBase):
         """
         context = text if isinstance(text, TextContext) else self.prepare(text)
         x, emb = self._inputs(x, t, context, class_labels)
-        blocks = None if self._records(x) else self._blocks(x)
+        blocks = None if self._records(x, context) else self._blocks(x)
         if blocks is None:
             return self._predict(x, emb, context)
         return torch.cat(each(lambda r: self._predict(x[r], emb[r], context[r]), blocks, self.side_by_side))
@@ -157,9 +157,10 @@ class UNet(parts.UNetBase):
         size = -(-rows // count)
         return [slice(start, start + size) for start in range(0, rows, size)]
 
-    def _records(self, x: Tensor) -> bool:
+    def _records(self, x: Tensor, context: TextContext) -> bool:
         """Whether a graph is recorded for gradients."""
-        return torch.is_grad_enabled() and (x.requires_grad or self.conv_in.weight.requires_grad)
+        asked = torch.is_grad_enabled()
+        return asked and any(y.requires_grad for y in (x, context.pooled, *self.parameters()))
 
     def _inputs(
         self, x: Tensor, t: Number, context: TextContext, class_labels: Number | None
@@ -179,7 +180,7 @@ class UNet(parts.UNetBase):
             emb = F.gelu(emb)
         # Every resnet of a stage I activates the same embedding; once is enough.
         emb = emb if config.resnet_skip_time_act else F.gelu(emb)
-        if x.device.type == "cpu" and not self._records(x):
+        if x.device.type == "cpu" and not self._records(x, context):
             # Convolutions on a CPU are faster where a pixel's channels lie together, and hand that layout on; so
             # the weights can lie as they are. Gradients are not: 2 to 16% more time a step of training.
             x = x.contiguous(memory_format=torch.channels_last)

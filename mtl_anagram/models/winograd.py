@@ -24,7 +24,7 @@ class Conv3x3(nn.Conv2d):
         rows, _, height, width = x.shape
         large = min(self.weight.shape[:2]) >= WIDE and rows * height * width >= MANY
         exact = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        trained = self.weight.requires_grad and torch.is_grad_enabled()
+        trained = torch.is_grad_enabled() and any(y.requires_grad for y in self.parameters())
         if large and exact and not (trained or height % 2 or width % 2 or torch.compiler.is_compiling()):
             return BySquares.apply(x, self.weight, self.bias, False)
         return super().forward(x)

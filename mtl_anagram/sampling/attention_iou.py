@@ -70,8 +70,8 @@ def anti_segregation_step(
     no_grad, and no parameter receives a gradient. Returns (x, loss (B,) before the step), both without a graph.
     """
     number("rate", rate)
-    with torch.enable_grad():
-        picture = x.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        picture = x.detach().clone().requires_grad_()
         loss = anti_segregation_loss(maps_of(picture), measure=measure, target=target, slope=slope)
         if not loss.requires_grad:
             raise InputError("the maps do not depend on the pictures: compute them from maps_of's argument")

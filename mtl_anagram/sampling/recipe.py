@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 from ..errors import InputError, choice, number, read_fields
 from .attention_iou import MEASURES
 from .balancing import FLOOR
-from .checks import Limit, check_limits
+from .checks import Limit, check_kinds, check_limits
 from .rectification import DIAGONALS
 from .solvers import SOLVERS
 
@@ -97,6 +97,7 @@ class Recipe(Fields):
         first = number("guidance_interval's first", interval[0], high=1.0)
         last = number("guidance_interval's last", interval[1], low=first, high=1.0)
         object.__setattr__(self, "guidance_interval", (first, last))
+        check_kinds(map_places=(self.map_places, list, tuple))
         for place in self.map_places:
             choice("map_places", place, ("down", "mid", "up"))
         object.__setattr__(self, "map_places", tuple(self.map_places))

@@ -99,7 +99,7 @@ class DDIM:
 
 class DPMSolver2M:
     """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: second order, but the first and last step;
-    deterministic. Where a call does not follow the one before, a new run begins."""
+    deterministic. It remembers the step before: one object for each run under way."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule

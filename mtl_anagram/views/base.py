@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -69,23 +68,18 @@ class View:
         """What a reader is shown of the finished picture, (..., C, H, W) -> (..., C, H, W)."""
         return self.view(x)
 
-    def map(self, maps: Tensor) -> Tensor:
-        """Non-negative maps (..., h, w) of any size, moved as `view` moves pixels: mass is kept, no sign changes."""
-        return self._move_map(self.move, maps)
-
     def inverse_map(self, maps: Tensor) -> Tensor:
-        """Maps (..., h, w) brought back into the canonical frame; the transpose of `map`."""
-        return self._move_map(self.move_back, maps)
+        """Non-negative maps (..., h, w) of any size in the canonical frame: mass is kept, no sign changes.
 
-    def _move_map(self, move: Callable[[Tensor], Tensor], maps: Tensor) -> Tensor:
-        """Where a side is not allowed, the map is spread by area over the next that is, moved, and gathered again."""
+        Where a side is not allowed, the map is spread by area over the next that is, moved back, and gathered again.
+        """
         sides = sides_of(maps, 2)
         if self.square and sides[0] != sides[1]:
             self.check_size(sides)  # which raises
         allowed = tuple(next(filter(self.allows, range(side, 4097)), side) for side in sides)  # the next ones
         if allowed == sides:
-            return move(maps)
-        return _spread(move(_spread(at_least_float32(maps), allowed)), sides).to(maps.dtype)
+            return self.move_back(maps)
+        return _spread(self.move_back(_spread(at_least_float32(maps), allowed)), sides).to(maps.dtype)
 
     def check_size(self, size: int | tuple[int, int]) -> None:
         """InputError, which names what is allowed, where the view cannot act on size: a side, or (H, W), in px."""

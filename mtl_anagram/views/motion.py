@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import float_tensor, number, whole_number
 from .base import View, pixel_numbers
 from .registry import Composition
+from .turned import Rotate
 
 PAPER, POINTS = 1.0, 3  # white, below the pieces; every pixel is drawn as so many points a side
 
@@ -68,9 +69,11 @@ class Motion:
 
 
 class Moving:
-    """A picture (C, H, W) in [-1, 1] on its way to what a view shows of it.
+    """A picture (C, H, W) in [-1, 1] on its way to what a view shows of it: at(0.5) is half-way.
 
-    stations: the pictures from itself to the view's; motions: from each to the next, none where nothing changes.
+    Turns turn, flips tip over, permutations fly in rigid pieces, inverted colours and filters fade, hybrids go away and
+    come back; compositions do one part after the other. stations: the pictures from itself to the view's; motions: from
+    each to the next, none where nothing changes.
     """
 
     def __init__(self, view: View, picture: Tensor) -> None:
@@ -83,23 +86,16 @@ class Moving:
         self.stations[-1] = view.show(x)
 
     def at(self, fraction: float, room: int = 0) -> Tensor:
-        """The picture at a fraction of the way, 0 to 1, with so many px of white paper around."""
+        """The picture at a fraction of the way, 0 to 1; at 1 it is `view.show(picture)`, bit for bit.
+
+        room: px of white paper around, so that corners have a place.
+        """
         where = number("fraction", fraction, high=1) * len(self.motions)
         index, room = int(where), whole_number("room", room, 0)
         if where == index:
             return F.pad(self.stations[index], (room,) * 4, value=PAPER)
         start, end = self.stations[index : index + 2]
         return self.motions[index].draw(start, end, where - index, room)
-
-
-def halfway(view: View, picture: Tensor, fraction: float, room: int = 0) -> Tensor:
-    """A view draws itself half-way: the picture (C, H, W) in [-1, 1] at a fraction, 0 to 1, of its way.
-
-    At 0 it is the picture, at 1 `view.show(picture)`, bit for bit. Turns turn, flips tip over, permutations fly in
-    rigid pieces, inverted colours and filters fade, hybrids go away and come back; compositions do one part after the
-    other. room: px of white paper around, so that corners have a place. To draw many moments, keep a `Moving`.
-    """
-    return Moving(view, picture).at(fraction, room)
 
 
 def _steps(view: View, x: Tensor) -> list[tuple[Motion, Tensor]]:
@@ -109,8 +105,8 @@ def _steps(view: View, x: Tensor) -> list[tuple[Motion, Tensor]]:
     fading = _turning(pixels * 0, fade="all", zoom=view.name.endswith("_pass"))  # a band of a hybrid
     if sources is None:
         return [(fading, after)]
-    moves, angle = not torch.equal(sources, pixels), getattr(view, "angle", None)
-    motion = _rigid(sources) if angle is None else _sheared(sources, float(angle))
+    moves = not torch.equal(sources, pixels)
+    motion = _sheared(sources, view) if isinstance(view, Rotate) else _rigid(sources)
     # What moves and inverts colours does so one after the other.
     return [(motion, sign * after)] * moves + [(fading, after)] * (sign < 0)
 
@@ -133,15 +129,10 @@ def _turning(pieces: Tensor, turn: float = 0, mirror: bool = False, **options: A
     return Motion(pieces, starts, starts, last * float(turn), last & mirror, **options)
 
 
-def _sheared(sources: Tensor, angle: float) -> Motion:
-    """A turn or a mirror by shears, which tear a picture into more pieces than is seen: which way is the angle?"""
-    grid = _grid(sources)
-    ends = grid[torch.argsort(sources.flatten())]
-    moved = (ends != grid).any(1).long().view_as(sources)
-    pieces = moved if moved.float().mean() < 0.9 else moved * 0  # a disc alone turns, or all does
-    ways = product((angle, -angle, 2 * angle, -2 * angle), (False, True))
-    guesses = [_turning(pieces, *way, fade="end") for way in ways]
-    return min(guesses, key=lambda motion: (motion.places(grid, 1) - ends).norm(dim=1).median().item())
+def _sheared(sources: Tensor, view: Rotate) -> Motion:
+    """A turn or a mirror by shears, which tear a picture into more pieces than is seen; a disc alone turns, or all."""
+    moved = (sources != pixel_numbers(*sources.shape)).long()
+    return _turning(moved if view.circle else moved * 0, -view.turn, view.mirrors, fade="end")
 
 
 def _rigid(sources: Tensor) -> Motion:

@@ -49,9 +49,6 @@ class Composition(View):
     def show(self, x: Tensor) -> Tensor:
         return reduce(lambda seen, view: view.show(seen), self.views, x)
 
-    def map(self, maps: Tensor) -> Tensor:
-        return reduce(lambda moved, view: view.map(moved), self.views, maps)
-
     def inverse_map(self, maps: Tensor) -> Tensor:
         return reduce(lambda moved, view: view.inverse_map(moved), self.views[::-1], maps)
 
@@ -129,6 +126,9 @@ def _named(part: str) -> tuple[str, dict[str, Any]]:
     found: dict[str, Any] = {}
     for i, word in enumerate(text.split(",") if colon else ()):
         key, equals, value = (part.strip() for part in word.partition("="))
+        if name in CLASSES and i >= len(names):
+            takes = ", ".join(names) or "no arguments"
+            raise InputError(f"view {part!r}: {name!r} takes {takes}; give no more")
         if not equals:  # a flag's name, or the value of the argument in this place
             key, value = (key, "true") if key in names else (names[i] if i < len(names) else "", key)
         found[key] = value

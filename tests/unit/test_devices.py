@@ -27,13 +27,9 @@ def test_none_is_the_best_there_is(machine):
     assert resolve_device(None) == torch.device("mps")
     machine(cuda=1, mps=True)
     assert resolve_device(None) == torch.device("cuda")
-
-
-def test_named_devices(machine):
     machine(cuda=2, mps=True)
     for name in ("cpu", "cuda", "cuda:1", "mps"):
-        assert resolve_device(name) == torch.device(name)
-        assert resolve_device(torch.device(name)) == torch.device(name)
+        assert resolve_device(name) == resolve_device(torch.device(name)) == torch.device(name)
 
 
 @pytest.mark.parametrize("device", ["cuda", torch.device("cuda", 3), "mps", "meta", "gpu", "cpu:1", 0])

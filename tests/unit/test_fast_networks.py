@@ -172,5 +172,12 @@ def test_rows_side_by_side_give_what_one_after_the_other_give():
     assert relative(found[2], found[0]) < 1e-5 > relative(found[3], found[1])
     assert workers == {4, 1}
     assert torch.get_num_threads() == ThreadPoolExecutor(1).submit(torch.get_num_threads).result() == 4
+    alone = (
+        text[:1].clone().requires_grad_()
+    )  # one row, a norm that learns, a text: torch crashes on the fast way
+    unet.requires_grad_(False).conv_norm_out.requires_grad_(True)
+    unet(x[:1], 1, alone).sum().backward()
+    assert alone.grad.any()
+    assert unet.conv_norm_out.weight.grad.any()
     unet.down_blocks.requires_grad_(True)  # a weight that learns has its gradient
     assert all(y.requires_grad for y in unet.text_maps(x, 1, text, (1, 3), resolution=8).values())

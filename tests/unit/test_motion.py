@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mtl_anagram.errors import InputError
 from mtl_anagram.views import VIEW_NAMES, get_views
 from mtl_anagram.views.base import pixel_numbers
-from mtl_anagram.views.motion import Moving, halfway
+from mtl_anagram.views.motion import Moving
 
 EVERY = [*VIEW_NAMES, "rotate_cw+negate", "jigsaw+skew+negate", "identity+identity"]
 # How many pieces a reader sees of a picture of 64 px.
@@ -18,6 +18,10 @@ def picture(height=64, width=64):
     """Smooth: what lies half a pixel away has about the same colour."""
     small = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return F.interpolate(small, (height, width), mode="bicubic").clamp(-1, 1)[0]
+
+
+def halfway(view, x, fraction, room=0):
+    return Moving(view, x).at(fraction, room)
 
 
 def make(name):

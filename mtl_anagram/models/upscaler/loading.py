@@ -93,10 +93,10 @@ class Upscaler:
         return whole_number(f"{path}: max_noise_level", level, 0, 999, error=ConfigError)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def encode(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> (text (V, 77, D), null (1, 77, D)), the states of the prompts and of the empty one."""
-        tower = self.text_encoder
-        ids = self.tokenizer([*prompts, ""], max_length=tower.config.max_position_embeddings)
+        tower, texts = self.text_encoder, [prompts] if isinstance(prompts, str) else prompts
+        ids = self.tokenizer([*texts, ""], max_length=tower.config.max_position_embeddings)
         states = tower(ids.to(self.device))
         return states[:-1], states[-1:]
 

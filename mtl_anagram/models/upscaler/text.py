@@ -41,6 +41,8 @@ class UpscalerTokenizer:
 
     def __call__(self, texts: Sequence[str], max_length: int = 77) -> Tensor:
         """B texts -> ids (B, max_length) long: the start, at most max_length - 2 tokens, the end, padding."""
+        if isinstance(texts, str):
+            raise InputError(f"texts={texts!r} must be a list of str")
         start, end = self.special[START], self.special[END]
         rows = [[start, *self.encode(text)[: max_length - 2], end] for text in texts]
         return torch.tensor([row + [self.pad] * (max_length - len(row)) for row in rows], device="cpu")
