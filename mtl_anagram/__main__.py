@@ -205,9 +205,7 @@ def _generate(options: argparse.Namespace) -> None:
     request["recipe"] = dataclasses.replace(recipe, **changes)
     request["upscale"] = UpscaleRecipe(**upscale) if upscale else None
     words = [word for word in (*options.prompts, *options.views) if word != "identity"]
-    decides = {
-        name: value for name, value in request.items() if name != "upscale"
-    }  # which goes on with the rest
+    decides = {k: value for k, value in request.items() if k != "upscale"}  # stage III goes on with the rest
     request["save_dir"] = options.out or _folder("output", words, decides, cascade)
     request |= _given(options, "stop_after", "batch_size", "overwrite", "progress")
     request |= {"model": cascade, "on_step": Preview(options.preview) if options.preview else None}

@@ -105,7 +105,9 @@ def write_sheet(folder: Path, seeds: Sequence[int], size: Size) -> None:
     strips = [folder_of(folder, seed) / picture_names(size)[1] for seed in seeds[:400]]
     pictures = [read_picture(strip) for strip in strips]
     names = [f"seed {seed}" for seed in seeds[:400]]
-    write_atomically(folder / "seeds.png", encode_png(contact_sheet(pictures, names)))
+    path, content = folder / "seeds.png", encode_png(contact_sheet(pictures, names))
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomically(path, content)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
