@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..cascade import Cascade, SamplingRun
+from ..cascade import Cascade, SamplingRun, check_seeds
 from ..errors import InputError, number, whole_number
 from ..files.atomic import write_atomically
 from ..files.checksums import combined_checksum
@@ -76,20 +76,20 @@ class Protocol:
     temperature: float = TEMPERATURE
 
     def __post_init__(self) -> None:
-        if not (self.pairs and self.recipes and self.seeds) or not {*map(len, self.pairs)} <= {1, 2}:
-            said = "must be tuples of one or two names, and there must be recipes and seeds"
-            raise InputError(f"pairs={self.pairs!r} {said}; recipes={[*self.recipes]}, seeds={self.seeds}")
+        object.__setattr__(self, "seeds", tuple(check_seeds(self.seeds)))
+        if not (self.pairs and self.recipes) or not {*map(len, self.pairs)} <= {1, 2}:
+            said = "must be tuples of one or two names, and there must be recipes"
+            raise InputError(f"pairs={self.pairs!r} {said}; recipes={[*self.recipes]}")
         for name, given in self.recipes.items():
             recipe, rules = self.recipe(name)
-            if not isinstance(recipe, Recipe) or not {*rules} <= {*RULES}:
+            if not (isinstance(recipe, Recipe) and isinstance(rules, Mapping) and {*rules} <= {*RULES}):
                 raise InputError(f"recipes[{name!r}]={given!r} is no Recipe, nor one with {RULES}")
         get_views(list(self.views))
         number("temperature", self.temperature, above=True)
-        object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
 
     def recipe(self, name: str) -> tuple[Recipe, Rules]:
         given = self.recipes[name]
-        return given if isinstance(given, tuple) else (given, {})
+        return given if isinstance(given, tuple) and len(given) == 2 else (given, {})
 
     def cells(self) -> list[tuple[str, str, Names]]:
         """(recipe, view, names) of every cell; a single name is read upright once."""
