@@ -265,15 +265,13 @@ def _batch(options: argparse.Namespace) -> None:
 
 def _partners(options: argparse.Namespace) -> None:
     from .cascade import embedded_folder
-    from .errors import InputError, whole_number
+    from .errors import whole_number
     from .evaluation.arguments import judge_of
     from .evaluation.partners import TABLE, measure_partners, partners_of
     from .files.hub import read_json
     from .models.prompts import with_article
 
     model, top = Path(options.model or embedded_folder()).expanduser(), whole_number("--top", options.top, 1)
-    if not options.measure and not options.table and not (model / TABLE).is_file():
-        raise InputError(f"{model} has no {TABLE}: --measure makes one, --table names one that is elsewhere")
     if options.measure:
         cascade = _cascade(options)
         out = options.out or os.path.join("partners", Path(cascade.name).name)

@@ -110,8 +110,8 @@ def repeat_anagram(
     folder = outputs.check_folder(save_dir)
     try:
         arguments, request = _arguments(content, Path(metadata)), content["request"]
-        dtype, files = content["made_with"]["dtype"], dict(content["weights"]["files"])
-        first = request["weights_sha256"]
+        dtype, first = content["made_with"]["dtype"], request["weights_sha256"]
+        files = dict(content["weights"]["files"])
         recorded_sums = dict(content.get("pictures", {}))
         third = request["stage_3"]["weights_sha256"] if "stage_3" in request else None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -260,8 +260,11 @@ def finished_job(job: Job, folder: Path, checksums: Checksums) -> Anagram | None
     found = outputs.finished(folder, seed, request, run.sizes, dtype=dtype, normal=normal)
     if found is None:
         return None
-    changed = f"{found.folder}: if the rules {request.get('rules')} do something else now, {outputs.REPLACE}"
-    said = [*run.warnings, *found.warnings, *([changed] if "rules" in request else [])]
+    said = [*run.warnings, *found.warnings]
+    if "rules" in request:
+        said.append(
+            f"{found.folder}: if the rules {request['rules']} do something else now, {outputs.REPLACE}"
+        )
     return dataclasses.replace(found, warnings=tuple(said))
 
 

@@ -70,10 +70,11 @@ def checked_given(sizes: Sequence[Size], start_from: Any, strength: Any, referen
 
 def _picture(name: str, given: Any, largest: tuple[int, int]) -> Tensor:
     """A file's or a tensor's picture (3, h, w), no larger than needed, in the 8 bits that its copy will have."""
-    tensor = isinstance(given, Tensor)
-    if tensor:
+    if isinstance(given, Tensor):
         float_tensor(name, given, (3, None, None), "(3, H, W), one picture, such as pictures[64][0]")
-    one = checked_picture(given[None], 1, name)[0].float().cpu() if tensor else read_picture(given)
+        one = checked_picture(given[None], 1, name)[0].float().cpu()
+    else:
+        one = read_picture(given)
     (height, width), (high, wide) = largest, one.shape[1:]
     if high * width != wide * height:
         said = f"is {wide} x {high} px (width x height), and what is made {width} x {height}"

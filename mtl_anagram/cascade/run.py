@@ -28,11 +28,6 @@ class CascadeStep(NamedTuple):
     stage: int
     state: StepState
 
-    @property
-    def picture(self) -> Tensor | None:
-        """The stage's pictures (B, 3, H, W) in [-1, 1], if this is its last step, else None."""
-        return picture_of(self.state)
-
 
 def picture_of(state: StepState) -> Tensor | None:
     """The finished pictures of a stage's last state, else None."""

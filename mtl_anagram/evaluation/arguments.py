@@ -44,7 +44,7 @@ def protocol_of(options: Any, cascade: Cascade, seeds: list[int]) -> tuple[Proto
     from ..sampling import Recipe
     from .protocol import ABLATION, Protocol, choose_pairs
 
-    judge = judge_of(options, Path(options.model or embedded_folder()))
+    judge = judge_of(options, Path(options.model or embedded_folder()).expanduser())
     names = options.concepts or cascade.concepts or (judge.names if judge else [])
     if not names and not options.pairs:
         raise InputError("neither the model nor a judge lists its names: give --concepts or --pairs")
@@ -70,7 +70,6 @@ def judge_of(options: argparse.Namespace, model: Path) -> Judge | None:
     """The judge of --judge's folder, else the model's own, if it has one."""
     from ..models import load_judge
 
-    model = model.expanduser()
     has_judge = options.judge is not None or (model / "judge" / "judge.json").is_file()
     return load_judge(options.judge or model) if has_judge else None
 

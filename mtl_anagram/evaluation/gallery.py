@@ -132,9 +132,8 @@ def encode_animation(frames: Sequence[Image.Image], ticks: Sequence[int], kind: 
     """
     if kind == "mp4":
         return _by_ffmpeg(frames, ticks) if shutil.which("ffmpeg") else None
-    images, buffer = frames, io.BytesIO()
-    if kind == "gif":
-        images = [image.quantize(256, dither=Image.Dither.NONE) for image in frames]
+    flat, buffer = Image.Dither.NONE, io.BytesIO()
+    images = [image.quantize(256, dither=flat) for image in frames] if kind == "gif" else frames
     times = [1000 // RATE * count for count in ticks]  # ms
     more = {"save_all": True, "append_images": images[1:], "duration": times, "loop": 0, "quality": 90}
     images[0].save(buffer, format=kind, **more)
@@ -143,9 +142,7 @@ def encode_animation(frames: Sequence[Image.Image], ticks: Sequence[int], kind: 
 
 def _by_ffmpeg(frames: Sequence[Image.Image], ticks: Sequence[int]) -> bytes:
     raw = b"".join(frame.tobytes() * count for frame, count in zip(frames, ticks, strict=True))
-    given = (
-        f"-loglevel error -f rawvideo -pix_fmt rgb24 -s {frames[0].width}x{frames[0].height} -r {RATE} -i -"
-    )
+    given = f"-loglevel error -f rawvideo -pix_fmt rgb24 -r {RATE} -s {'{}x{}'.format(*frames[0].size)} -i -"
     made = "-vf crop=trunc(iw/2)*2:trunc(ih/2)*2 -pix_fmt yuv420p -movflags +faststart"  # sides must be even
     with tempfile.TemporaryDirectory() as folder:  # the format is not written in one go
         path = Path(folder, "made.mp4")

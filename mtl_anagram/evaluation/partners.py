@@ -58,7 +58,7 @@ def partners_of(table: str | Path, name: str | None = None) -> list[Partner]:
     """The rows of a partners.json, of one name alone ("a duck" or "duck") or of all, best first."""
     try:
         rows = [Partner(*row) for row in read_json(Path(table))["rows"]]
-    except (KeyError, TypeError) as error:
+    except (SourceError, KeyError, TypeError) as error:
         raise SourceError(f"{table} is no table of partners ({error!r}): make one with --measure") from error
     wanted = None if name is None else name.lower().strip().removeprefix("a ").removeprefix("an ").strip()
     known = sorted({name for row in rows for name in row[:2]})

@@ -64,7 +64,7 @@ class Repository:
 
     def get(self, name: str) -> Path | None:
         """The file's path in the hub's cache, or None where the repository (fetch=False: the cache) has none."""
-        from huggingface_hub import constants, errors, hf_hub_download
+        from huggingface_hub import errors, hf_hub_download
 
         if not self.fetch:
             return self.cached(name)
@@ -73,11 +73,17 @@ class Repository:
                 return Path(hf_hub_download(self.repo_id, name, subfolder=self.subfolder or None))
             except errors.EntryNotFoundError as error:
                 # Offline, a cached repository that lacks this very file looks the same as an unreachable hub.
-                here = Path(constants.HF_HUB_CACHE, f"models--{self.repo_id.replace('/', '--')}", "snapshots")
-                unknown = not here.is_dir() or _status(error) is not None
+                unknown = not (self.cache / "snapshots").is_dir() or _status(error) is not None
                 if isinstance(error, errors.LocalEntryNotFoundError) and unknown:
                     raise
                 return None
+
+    @property
+    def cache(self) -> Path:
+        """Where the hub's client keeps the repository."""
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return Path(HF_HUB_CACHE, f"models--{self.repo_id.replace('/', '--')}")
 
     def cached(self, name: str) -> Path | None:
         """The file's path if it is in the hub's local cache, else None; asks no network."""

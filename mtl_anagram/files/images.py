@@ -32,8 +32,8 @@ def views_strip(picture: Tensor, views: Sequence[Any]) -> Tensor:
     tiles = [view.show(picture).detach().float().cpu() for view in views]
     height = max(tile.shape[1] for tile in tiles)
     for i, (tile, view) in enumerate(zip(tiles, views, strict=True)):
-        angle = getattr(view, "angle", None)
-        name = f"{view.name} {angle:g}°" if isinstance(angle, int | float) else view.name
+        turned = isinstance(angle := getattr(view, "angle", None), int | float)
+        name = f"{view.name} {angle:g}°" if turned else view.name
         below = label(name, tile.shape[2], height - tile.shape[1], max(18, height // 10))
         tiles[i] = torch.cat([tile, below], dim=1)
     return torch.cat(tiles, dim=2)

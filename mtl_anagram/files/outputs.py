@@ -21,7 +21,6 @@ SCORES = "scores.json"  # best_of's, in the candidates' folder: scores by seed
 OURS = re.compile(r"metadata\.json|(start_from|reference|sample_\d+(x\d+)?(\.views)?)\.(png|gif|webp|mp4)")
 REPLACE = "choose another folder, or replace them: overwrite=True"
 Request = dict[str, Any]  # JSON, read or to be written
-Normal = Callable[[Request], Request]
 Size = int | tuple[int, int]  # a square's side, or (height, width), in px
 Sizes = Sequence[Size]
 
@@ -116,7 +115,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def finished(
-    folder: Path, seed: int, request: Request, sizes: Sizes, *, dtype: str, normal: Normal = dict
+    folder: Path,
+    seed: int,
+    request: Request,
+    sizes: Sizes,
+    *,
+    dtype: str,
+    normal: Callable[[Request], Request] = dict,
 ) -> Anagram | None:
     """The seed's Anagram if its folder holds this request's pictures whole; None if there is work to do.
 

@@ -73,6 +73,8 @@ class Config:
         if counts and not (len(set(counts.values())) == 1 and 1 <= max(counts.values()) <= MAX_LEVELS):
             said = ", ".join(f"{name} has {count}" for name, count in counts.items())
             raise ConfigError(f"entries: {said}; give one per level, 1 to {MAX_LEVELS} levels")
+        for width in getattr(self, "block_out_channels", ()):
+            self.check_divides("norm_num_groups", "a width of block_out_channels", width)
         self.check()
 
     def check(self) -> None:
@@ -165,7 +167,6 @@ class UNetConfig(UNetSizes):
         widths = self.block_out_channels
         kinds = (*self.down_block_types, "SimpleCrossAttnMid", *self.up_block_types)
         for width, kind in zip((*widths, widths[-1], *widths[::-1]), kinds, strict=True):
-            self.check_divides("norm_num_groups", "a width of block_out_channels", width)
             if "Attn" in kind:
                 self.check_divides("attention_head_dim", "an attention layer's width", width)
         self.check_divides(2, "block_out_channels[0]", widths[0])  # half sines, half cosines
@@ -209,8 +210,7 @@ class UpscalerUNetConfig(UNetSizes):
 
     def check(self) -> None:
         for width in self.block_out_channels:
-            for divisor in ("norm_num_groups", "attention_head_dim"):
-                self.check_divides(divisor, "a width of block_out_channels", width)
+            self.check_divides("attention_head_dim", "a width of block_out_channels", width)
 
     @classmethod
     def spelled(cls, config: dict[str, Any], levels: int) -> dict[str, Any]:
@@ -240,10 +240,6 @@ class AutoencoderConfig(Config):
     sample_size: int | None = None
     scaling_factor: float = 0.08333
     force_upcast: bool = True
-
-    def check(self) -> None:
-        for width in self.block_out_channels:
-            self.check_divides("norm_num_groups", "a width of block_out_channels", width)
 
     @property
     def factor(self) -> int:

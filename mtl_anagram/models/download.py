@@ -86,13 +86,11 @@ def _check_room(
     remote: dict[str, str], wanted: dict[str, dict[str, int]], folder: Path | None, clip: Path | None
 ) -> None:
     """CapacityError where a disk has less room than what is missing needs."""
-    from huggingface_hub import constants
-
     demands: list[tuple[Path, int]] = []
     for part, sizes in wanted.items():
-        cache = Path(constants.HF_HUB_CACHE) / f"models--{remote[part].replace('/', '--')}"
-        place = cache if folder is None else folder / part
-        here = Repository(remote[part], "").cached if folder is None else Folder(place).get
+        repository = Repository(remote[part], "")
+        place = repository.cache if folder is None else folder / part
+        here = repository.cached if folder is None else Folder(place).get
         begun = sum(path.stat().st_size for path in place.rglob("*.incomplete"))
         demands.append((place, sum(size for name, size in sizes.items() if here(name) is None) - begun))
     if clip is not None:

@@ -93,7 +93,7 @@ def _download(path: Path) -> None:
     """One tower, whole and of the right size, or not at all."""
     from huggingface_hub.utils import are_progress_bars_disabled
 
-    # A name of its own: other processes may fetch the same.
+    # Named as in write_atomically: other processes may fetch the same.
     url, part = URL.format(path.stem), path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

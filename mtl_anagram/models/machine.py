@@ -36,9 +36,9 @@ def memory_of(device: torch.device) -> Memory | None:
     for files in CONTROL_GROUPS:
         with suppress(OSError, ValueError):  # no such file; "max" means no limit
             limit, used = (int(Path(file).read_text()) for file in files)
-            # Files that were read count as used, but go where memory is asked for.
-            lines = Path(files[1]).with_name("memory.stat").read_text()
-            used -= int((re.findall(r"^(?:total_)?inactive_file (\d+)$", lines, re.M) or [0])[-1])
+            with suppress(OSError):  # files that were read count as used, but go where memory is asked for
+                lines = Path(files[1]).with_name("memory.stat").read_text()
+                used -= int((re.findall(r"^(?:total_)?inactive_file (\d+)$", lines, re.M) or [0])[-1])
             if limit < found.total:
                 found = Memory(limit, min(found.free, max(0, limit - used)))
     return found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, float_tensor, whole_number
 from .attention import multi_head, random_weight
-from .tokenizers import CLIPTokenizer
+from .tokenizers import CLIPTokenizer, check_texts
 
 HEAD_SIZE = 64
 # Mean and standard deviation of CLIP's training pictures, red, green, blue, in 0..255.
@@ -53,8 +53,7 @@ class NoiseCLIP(nn.Module):
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """R texts -> unit vectors (R, D) float32. What exceeds the context (77 tokens) is cut."""
-        if isinstance(texts, str) or not texts:
-            raise InputError(f"texts={texts!r} must be a list of at least one str")
+        check_texts(texts)
         encoded = [self.tokenizer.encode(text, context=self.text_encoder.context) for text in texts]
         device = next(self.text_encoder.parameters()).device
         ids, lengths = (torch.tensor(part, device=device) for part in zip(*encoded, strict=True))

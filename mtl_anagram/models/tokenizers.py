@@ -53,8 +53,7 @@ class T5Tokenizer:
 
     def __call__(self, texts: Sequence[str], max_length: int = 77) -> tuple[Tensor, Tensor]:
         """B texts, cut to fit before their end token -> ids and mask (1 = token), both (B, max_length) long."""
-        if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
-            raise InputError(f"texts={texts!r} must be a list of at least one str")
+        check_texts(texts)
         whole_number("max_length", max_length, 1)
         rows = [[*self.encode(text)[:-1][: max_length - 1], EOS] for text in texts]
         padded = [row + [PAD] * (max_length - len(row)) for row in rows]
@@ -209,6 +208,11 @@ def words(text: str) -> list[str]:
 _FIXED = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
 _RUN = re.compile("L+|N| +|[^LN ]+")
 _QUOTES = str.maketrans("ʼ‘’‚‛“”„‟", "'''''\"\"\"\"")
+
+
+def check_texts(texts: Any) -> None:
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
+        raise InputError(f"texts={texts!r} must be a list of at least one str")
 
 
 def checked_text(text: str) -> str:

@@ -159,8 +159,8 @@ class UNet(parts.UNetBase):
 
     def _records(self, x: Tensor, context: TextContext) -> bool:
         """Whether a graph is recorded for gradients."""
-        asked = torch.is_grad_enabled()
-        return asked and any(y.requires_grad for y in (x, context.pooled, *self.parameters()))
+        given = x.requires_grad or context.pooled.requires_grad
+        return torch.is_grad_enabled() and (given or any(p.requires_grad for p in self.parameters()))
 
     def _inputs(
         self, x: Tensor, t: Number, context: TextContext, class_labels: Number | None

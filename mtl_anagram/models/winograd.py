@@ -22,12 +22,13 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, _, height, width = x.shape
-        large = min(self.weight.shape[:2]) >= WIDE and rows * height * width >= MANY
+        if min(self.weight.shape[:2]) < WIDE or rows * height * width < MANY or height % 2 or width % 2:
+            return super().forward(x)
         exact = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        trained = torch.is_grad_enabled() and any(y.requires_grad for y in self.parameters())
-        if large and exact and not (trained or height % 2 or width % 2 or torch.compiler.is_compiling()):
-            return BySquares.apply(x, self.weight, self.bias, False)
-        return super().forward(x)
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if not exact or trained or torch.compiler.is_compiling():
+            return super().forward(x)
+        return BySquares.apply(x, self.weight, self.bias, False)
 
 
 class BySquares(torch.autograd.Function):
@@ -54,9 +55,9 @@ def factors(weight: Tensor, turned: bool = False) -> Tensor:
     return (torch.kron(g, g) @ weight.flatten(2).flatten(0, 1).T).unflatten(1, weight.shape[:2])
 
 
-def convolve(x: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
-    """x (R, C, H, W), H and W even, with `factors` as (16, C, D) -> (R, D, H, W), in bands of rows of squares."""
-    (rows, channels, height, width), out_channels = x.shape, factors.shape[2]
+def convolve(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """x (R, C, H, W), H and W even, with `factors`, as (16, C, D) -> (R, D, H, W), in bands of rows of squares."""
+    (rows, channels, height, width), out_channels = x.shape, weights.shape[2]
     padded = x.new_empty(rows, height + 2, width + 2, channels)
     padded[:, :: height + 1] = padded[:, :, :: width + 1] = 0
     padded[:, 1:-1, 1:-1] = x.permute(0, 2, 3, 1)
@@ -70,7 +71,7 @@ def convolve(x: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
         for top in range(0, height // 2, high):
             part = padded[row : row + some, 2 * top : 2 * (top + high) + 2]  # (r, 2 h + 2, W + 2, C)
             sums = _sums(_sums(part, 2), 2)  # (4, 4, r, h, W / 2, C)
-            made = torch.bmm(sums.flatten(2, 4).flatten(0, 1), factors).view(*sums.shape[:-1], out_channels)
+            made = torch.bmm(sums.flatten(2, 4).flatten(0, 1), weights).view(*sums.shape[:-1], out_channels)
             if bias is not None:
                 made[1, 1].add_(bias)  # which all four outputs of a square have once
             halves = made.new_empty(2, *made.shape[1:])

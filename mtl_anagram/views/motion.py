@@ -86,10 +86,7 @@ class Moving:
         self.stations[-1] = view.show(x)
 
     def at(self, fraction: float, room: int = 0) -> Tensor:
-        """The picture at a fraction of the way, 0 to 1; at 1 it is `view.show(picture)`, bit for bit.
-
-        room: px of white paper around, so that corners have a place.
-        """
+        """The picture at a fraction of the way, 0 to 1 (`view.show`'s to the bit), with room px of paper around."""
         where = number("fraction", fraction, high=1) * len(self.motions)
         index, room = int(where), whole_number("room", room, 0)
         if where == index:

@@ -27,7 +27,8 @@ SHAPES = {
         STAGE_1,
         {"layers_per_block": 3, "block_out_channels": [32, 64, 96, 128], "attention_head_dim": 32},
     ),
-    "stage 1, 32 groups, wide": (STAGE_1, {"block_out_channels": [160, 160, 64, 96], "norm_num_groups": 32}),
+    "stage 1, 32 groups": (STAGE_1, {"block_out_channels": [32, 64, 64, 96], "norm_num_groups": 32}),
+    "stage 1, wide": (STAGE_1, {"block_out_channels": [160, 160, 64, 96], "norm_num_groups": 32}),
     "stage 1, three levels": (
         STAGE_1,
         {

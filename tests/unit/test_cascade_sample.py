@@ -237,21 +237,18 @@ def test_threads_whose_requests_share_batches(cascade_folder):
     own.unet_1.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
     words = {"prompts": ("a cat", "a dog"), "views": ("rotate_180", "negate")}
     runs = [sample(own, i, **(words if i % 2 else {})) for i in range(6)] + [sample(own, 6, size=16)]
-    broken = sample(own, 7)
+    asked, broken = [*runs, runs[0]], sample(own, 7)
     broken.text = lambda: 1 / 0
     with ThreadPoolExecutor(8) as pool:
         failed = pool.submit(lambda: broken.pictures)
-        made = [
-            future.result()
-            for future in [pool.submit(lambda run=run: run.pictures) for run in [*runs, runs[0]]]
-        ]
+        made = [future.result() for future in [pool.submit(lambda run=run: run.pictures) for run in asked]]
         assert isinstance(failed.exception(), ZeroDivisionError)
     with pytest.raises(SystemExit):
         _ = sample(own, [8, 9, 10, 11], after=lambda *_: exit(3)).pictures
     assert sample(own, 12).pictures[8].shape == (1, 3, 8, 8)  # what was left undone is nobody else's
     assert max(rows) > 2 * 2  # more than one guided picture of two views
     own.joined = None
-    for run, pictures in zip([*runs, runs[0]], made, strict=True):
+    for run, pictures in zip(asked, made, strict=True):
         for size, alone in run.only(run.seeds).pictures.items():
             assert torch.allclose(alone, pictures[size], atol=1e-4)
     with pytest.raises(InputError, match="max_batch=0"):

@@ -41,8 +41,7 @@ def test_devices_that_are_not_there(machine, device):
 def test_dtypes():
     assert resolve_dtype(None) is None
     for name in ("float32", "float16", "bfloat16"):
-        assert resolve_dtype(name) is getattr(torch, name)
-        assert resolve_dtype(getattr(torch, name)) is getattr(torch, name)
+        assert resolve_dtype(name) is resolve_dtype(getattr(torch, name)) is getattr(torch, name)
 
 
 @pytest.mark.parametrize("dtype", ["half", torch.float64, 16])

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.functional import vjp
 
 from mtl_anagram import InputError
 from mtl_anagram.models import UNet, UNetConfig
@@ -116,14 +117,12 @@ def test_a_doubled_maps_convolution():
 def test_a_convolution_by_squares(rows, wide, out, height, width):
     """One picture in several bands, several pictures in one; all else is torch's own."""
     conv, made = Conv3x3(wide, out).requires_grad_(False), []
-    x = noise(rows, wide, height, width).requires_grad_()
+    x, along = noise(rows, wide, height, width), noise(rows, out, height, width, seed=1)
     with Operations(lambda name, _: made.append(name)):
-        found = conv(x)
-        mine = torch.autograd.grad(found.sin().sum(), x)[0]
+        found, mine = vjp(conv, x, along)
     assert not {"convolution", "convolution_backward"} & {*made}
-    exact = x.detach().double().requires_grad_()
-    wanted = F.conv2d(exact, conv.weight.double(), conv.bias.double(), padding=1)
-    theirs = torch.autograd.grad(wanted.sin().sum(), exact)[0]
+    exact = conv.weight.double(), conv.bias.double()
+    wanted, theirs = vjp(lambda x: F.conv2d(x, *exact, padding=1), x.double(), along.double())
     assert relative(found.double(), wanted) < 2e-6 > relative(mine.double(), theirs)
     for part in (x[:1, :, :8, :8], x[:1, :, 1:, 1:]):  # few pixels, odd sides
         assert torch.equal(conv(part), F.conv2d(part, conv.weight, conv.bias, padding=1))
@@ -172,12 +171,9 @@ def test_rows_side_by_side_give_what_one_after_the_other_give():
     assert relative(found[2], found[0]) < 1e-5 > relative(found[3], found[1])
     assert workers == {4, 1}
     assert torch.get_num_threads() == ThreadPoolExecutor(1).submit(torch.get_num_threads).result() == 4
-    alone = (
-        text[:1].clone().requires_grad_()
-    )  # one row, a norm that learns, a text: torch crashes on the fast way
+    alone = text[:1].clone().requires_grad_()  # a text, one row: on the fast way torch crashes
     unet.requires_grad_(False).conv_norm_out.requires_grad_(True)
     unet(x[:1], 1, alone).sum().backward()
-    assert alone.grad.any()
-    assert unet.conv_norm_out.weight.grad.any()
+    assert all(y.grad.any() for y in (alone, unet.conv_norm_out.weight))
     unet.down_blocks.requires_grad_(True)  # a weight that learns has its gradient
     assert all(y.requires_grad for y in unet.text_maps(x, 1, text, (1, 3), resolution=8).values())

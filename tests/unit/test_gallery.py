@@ -62,7 +62,7 @@ def test_films_of_all_seeds(tmp_path):
     if "mp4" in kinds:
         assert four.file.with_suffix(".mp4").read_bytes()[4:8] == b"ftyp"
     assert all(there for path, there in animate(tmp_path, seconds=0.2) if path.suffix != ".mp4")
-    with pytest.raises(InputError, match="gif is there.*overwrite="):
+    with pytest.raises(InputError, match="gif is there.*overwrite=True"):
         list(animate(tmp_path / "0003", seconds=0.4))
     assert not dict(animate(tmp_path / "0003", seconds=0.4, overwrite=True))[three.file.with_suffix(".gif")]
     outputs.clear(three.file.parent)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mtl_anagram.errors import SourceError
+from mtl_anagram.errors import InputError, SourceError
 from mtl_anagram.files import hub
 from mtl_anagram.files.atomic import write_atomically
 from mtl_anagram.files.images import encode_png, read_picture, save_picture, to_uint8, views_strip
@@ -25,6 +25,8 @@ def test_to_uint8_rounds_to_the_nearest_level_clamps_and_takes_any_float():
     for offset in (-0.45, 0, 0.45):  # in levels
         assert torch.equal(to_uint8(exact + offset * 2 / 255), levels.to(torch.uint8))
     assert to_uint8(torch.tensor([-7.0, -1.001, 0, 1.001])).tolist() == [0, 0, 128, 255]  # 127.5 goes up
+    picture = random_picture().requires_grad_()
+    assert (to_uint8(picture.bfloat16()).int() - to_uint8(picture).int()).abs().max() <= 1
 
 
 def test_a_strip_is_every_view_in_order_and_their_names_below():
@@ -34,8 +36,10 @@ def test_a_strip_is_every_view_in_order_and_their_names_below():
     for i, view in enumerate(views):
         assert torch.equal(strip[:, :64, 64 * i : 64 * (i + 1)], view.view(picture))
         label = strip[:, 64:, 64 * i : 64 * (i + 1)]
+        assert label.max() == 1
         assert label.min() < -0.5  # white with something dark on it
         assert label[:, 0].min() == label[:, :, 0].min() == label[:, :, -1].min() == 1
+    assert torch.equal(views_strip(picture.double(), views), strip)
 
 
 class Shown:
@@ -71,6 +75,9 @@ def test_a_png_holds_the_pixels(tmp_path):
     path.write_bytes(encode_png(picture)[:60])
     with pytest.raises(SourceError, match=r"a\.png' is no readable picture"):
         read_picture(path)
+    for shape in ((1, 3, 4, 4), (4, 4, 3), (3, 0, 4)):
+        with pytest.raises(InputError, match="picture has shape"):
+            encode_png(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])

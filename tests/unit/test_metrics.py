@@ -59,8 +59,7 @@ def test_without_others_the_score_wants_every_reading_in_its_own_view_alone():
     one_missing = [[0.5, 0.1], [0.1, 0.2]]
     both_in_both = [[0.5, 0.5], [0.5, 0.5]]
     scores = anagram_score(torch.tensor([good, one_missing, both_in_both]))
-    assert scores[0] > scores[1]
-    assert scores[0] > scores[2]
+    assert scores[0] > max(scores[1:])
 
 
 def test_refusals():

@@ -20,10 +20,6 @@ def picture(height=64, width=64):
     return F.interpolate(small, (height, width), mode="bicubic").clamp(-1, 1)[0]
 
 
-def halfway(view, x, fraction, room=0):
-    return Moving(view, x).at(fraction, room)
-
-
 def make(name):
     return get_views([name], [{"permutation": [3, 2, 0, 1]} if name == "permutation" else None], seed=3)[0]
 
@@ -54,37 +50,37 @@ def test_both_ends_are_exact_and_the_pieces_arrive(name):
 def test_halves_of_turns_are_turns():
     """Half of half a turn is a quarter turn; of a disc, too; in half of a flip the card is seen from its edge."""
     x = picture()
-    torch.testing.assert_close(halfway(make("rotate_180"), x, 0.5), make("rotate_cw").view(x))
-    disc = halfway(make("inner_circle"), x, 0.5)
+    torch.testing.assert_close(Moving(make("rotate_180"), x).at(0.5), make("rotate_cw").view(x))
+    disc = Moving(make("inner_circle"), x).at(0.5)
     torch.testing.assert_close(disc[:, 20:-20, 20:-20], make("rotate_cw").view(x)[:, 20:-20, 20:-20])
     torch.testing.assert_close(disc[:, :3], x[:, :3])
-    edge = halfway(make("flip"), x, 0.5)
+    edge = Moving(make("flip"), x).at(0.5)
     assert (edge[:, :30] == 1).all()
     assert (edge[:, 34:] == 1).all()
-    eighth = halfway(make("rotate_cw"), x, 0.5, room=14)  # the corners are at the middles of the sides
+    eighth = Moving(make("rotate_cw"), x).at(0.5, room=14)  # the corners are at the middles of the sides
     assert (eighth[:, :14, :14] == 1).all()
     assert (eighth[:, 2, 46] - x[:, 0, 0]).abs().max() < 0.2
-    assert halfway(make("negate"), x, 0.5).abs().max() < 1e-6
+    assert Moving(make("negate"), x).at(0.5).abs().max() < 1e-6
 
 
 def test_shears_turn_as_one_piece_filters_fade_and_hybrids_go_away():
     x, turned = picture(), make("rotate:30")
     (motion,) = Moving(turned, x).motions
     assert motion.turn.abs().tolist() == [30]
-    half, other = halfway(turned, x, 0.5), make("rotate:15").show(x)
+    half, other = Moving(turned, x).at(0.5), make("rotate:15").show(x)
     assert (half - other)[:, 16:-16, 16:-16].abs().mean() < 0.05
-    far = halfway(make("low_pass"), x, 0.5)
+    far = Moving(make("low_pass"), x).at(0.5)
     assert (far[:, :23] == 1).all()  # a quarter of its size
     torch.testing.assert_close(far.mean((1, 2)), (x / 16 + 15 / 16).mean((1, 2)), atol=0.02, rtol=0)
     grey = make("grayscale")
-    torch.testing.assert_close(halfway(grey, x, 0.25), 0.75 * x + 0.25 * grey.show(x))
+    torch.testing.assert_close(Moving(grey, x).at(0.25), 0.75 * x + 0.25 * grey.show(x))
 
 
 def test_rectangles_and_what_is_no_fraction():
     x, view = picture(32, 48), make("flip+patch_permute")
-    assert halfway(view, x, 0.7, room=2).shape == (3, 36, 52)
+    assert Moving(view, x).at(0.7, room=2).shape == (3, 36, 52)
     for fraction in (-0.1, 1.1, float("nan"), "half"):
         with pytest.raises(InputError, match="fraction="):
-            halfway(view, x, fraction)
+            Moving(view, x).at(fraction)
     with pytest.raises(InputError, match="square"):
-        halfway(make("rotate_cw"), x, 0.5)
+        Moving(make("rotate_cw"), x).at(0.5)

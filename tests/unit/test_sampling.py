@@ -174,8 +174,7 @@ def test_gradient_step_is_plain_descent_image_by_image():
         assert not torch.is_grad_enabled()
     assert torch.equal(x, before)
     assert weight.grad is None
-    assert not moved.requires_grad
-    assert not loss.requires_grad
+    assert not any(y.requires_grad for y in (moved, loss))
     assert torch.allclose(loss, anti_segregation_loss(maps_of(x)))
     for place in [(0, 0, 0, 0), (1, 2, 3, 1), (2, 1, 2, 2)]:
         more, less = x.clone(), x.clone()

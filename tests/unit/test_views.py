@@ -82,6 +82,9 @@ def test_gradients_flow_through_by_the_transpose(name):
     weight = noise(1, 3, 64, 64, seed=1)
     (gradient,) = torch.autograd.grad((view.view(x) * weight).sum(), x)
     assert torch.equal(gradient, view.inverse_view(weight))
+    maps, weight = noise(2, 64, 64).requires_grad_(), weight[0].abs()
+    (gradient,) = torch.autograd.grad((view.inverse_map(maps) * weight[:2]).sum(), maps)
+    torch.testing.assert_close(gradient, view.view(weight).abs()[:2])
     half = noise(3, 64, 64, dtype=torch.float16).requires_grad_()
     view.inverse_view(half).sum().backward()
     assert torch.equal(half.grad.abs(), torch.ones(3, 64, 64, dtype=torch.float16))
@@ -128,16 +131,18 @@ def test_rectangles(name, height, width):
 @pytest.mark.parametrize("size", [1, 2, 4, 6, 8, 16, 32, 33, 64, 100])
 @pytest.mark.parametrize("name", EVERY)
 def test_maps_of_any_size_keep_their_mass(name, size):
-    view, maps = make(name), noise(2, size, size).exp()
-    moved = view.inverse_map(maps.requires_grad_())
+    view, maps = make(name), noise(2, size, size).exp().requires_grad_()
+    before = maps.detach().clone()
+    moved = view.inverse_map(maps)
     assert moved.min() >= 0
     torch.testing.assert_close(moved.sum((-1, -2)), maps.sum((-1, -2)))
     (gradient,) = torch.autograd.grad(moved.sum(), maps)  # which is the transpose's, of ones
     torch.testing.assert_close(gradient, torch.ones_like(maps))
-    maps = maps.detach()
+    assert torch.equal(maps, before)
     torch.testing.assert_close(view.inverse_map(maps[0]), view.inverse_map(maps)[0])
     if view.allows(size):
         x = noise(3, size, size)
+        assert torch.equal(view.inverse_map(view.view(maps).abs()), before)
         assert torch.equal(view.inverse_map(x.abs()), view.inverse_view(x).abs())
 
 

@@ -13,7 +13,7 @@ from ...errors import InputError, SourceError
 from ...files.hub import Source, open_source, read_json, require
 from ..attention import multi_head
 from ..configs import CLIPTextConfig
-from ..tokenizers import END, START, CLIPTokenizer, checked_text, words
+from ..tokenizers import END, START, CLIPTokenizer, check_texts, checked_text, words
 
 PAD = "!"  # the released special_tokens_map.json's, over tokenizer_config.json's end token
 
@@ -41,8 +41,7 @@ class UpscalerTokenizer:
 
     def __call__(self, texts: Sequence[str], max_length: int = 77) -> Tensor:
         """B texts -> ids (B, max_length) long: the start, at most max_length - 2 tokens, the end, padding."""
-        if isinstance(texts, str):
-            raise InputError(f"texts={texts!r} must be a list of str")
+        check_texts(texts)
         start, end = self.special[START], self.special[END]
         rows = [[start, *self.encode(text)[: max_length - 2], end] for text in texts]
         return torch.tensor([row + [self.pad] * (max_length - len(row)) for row in rows], device="cpu")
