@@ -267,7 +267,7 @@ def _partners(options: argparse.Namespace) -> None:
     from .cascade import embedded_folder
     from .errors import whole_number
     from .evaluation.arguments import judge_of
-    from .evaluation.partners import TABLE, measure_partners, partners_of
+    from .evaluation.partners import TABLE, listed, measure_partners, partners_of
     from .files.hub import read_json
     from .models.prompts import with_article
 
@@ -276,7 +276,8 @@ def _partners(options: argparse.Namespace) -> None:
         cascade = _cascade(options)
         out = options.out or os.path.join("partners", Path(cascade.name).name)
         given = _given(options, "views", "style", "batch_size", "progress")
-        given |= {"names": options.concepts, "seeds": parse_seeds(options.seed)}
+        given |= {"names": options.concepts or cascade.concepts, "seeds": parse_seeds(options.seed)}
+        listed(options.name, given["names"], cascade.name)  # InputError for another name
         measure_partners(cascade, out, judge=judge_of(options, model), **given)
     table = os.path.join(out, TABLE) if options.measure else options.table or model / TABLE
     rows = partners_of(table, options.name)

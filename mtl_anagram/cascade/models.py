@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from ..sampling.loop import no_gradients
 
 N = TypeVar("N")
 MAX_TOKENS = 77
+LOADING = threading.RLock()
 # What works at the same time. With keep="one", loading one of a row releases the networks of the others.
 TOGETHER = (("text_encoder",), ("unet_1", "noise_clip"), ("unet_2", "noise_clip"), ("upscaler", "noise_clip"))
 PART_OF = dict.fromkeys(("tokenizer", "text_encoder", "unet_1"), "stage_1") | {"noise_clip": "noise_clip"}
@@ -124,10 +126,13 @@ class Models:
         return unet
 
     def _load(self, name: str, load: Callable[..., N], part: str, dtype: Any, **options: Any) -> N:
-        self.make_room(name)
-        with no_gradients():  # weights loaded in inference mode could take no part in a gradient
-            source, variant = self.source(part), self.variants[part]
-            return load(source, variant=variant, dtype=dtype, device=self.device, **options)
+        with LOADING, no_gradients():  # weights loaded in inference mode could take no part in a gradient
+            if name not in self.__dict__:  # from Python 3.12 on, cached_property lets two threads load
+                self.make_room(name)
+                source, variant = self.source(part), self.variants[part]
+                network = load(source, variant=variant, dtype=dtype, device=self.device, **options)
+                self.__dict__[name] = network
+            return cast(N, self.__dict__[name])
 
     @cached_property
     def keeps_all(self) -> bool:

@@ -166,7 +166,6 @@ class EachView:
 
 def sample_jobs(jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[Sequence[Job], int, StepState]]:
     """The pictures of (run, seed) pairs, batch by batch: of one run, or of several that `joins` lets into one batch.
-
     Yields a batch's pairs, the stage and what the step left behind.
     """
     if not jobs:
@@ -221,8 +220,9 @@ def sample_jobs(jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[Sequence
                 for state in states(stage, part):
                     if state.index + 1 == state.num_steps:
                         made |= zip(part, state.x.clamp(-1, 1), strict=True)  # as the next stage wants them
-                        if stage == 1:
-                            _keep_begun({job: (made[job], drawn[job]) for job in part})
+                        for run, seed in part if stage == 1 else ():
+                            if run.begun is not None:
+                                run.begun[seed] = made[run, seed], drawn[run, seed].clone_state()
                     yield part, stage, state
 
 
@@ -237,12 +237,6 @@ def _beginnings(jobs: Sequence[Job]) -> tuple[dict[Job, torch.Generator], dict[J
             made[run, seed], generator = run.begun[seed]
             drawn[run, seed] = generator.clone_state()
     return drawn, made
-
-
-def _keep_begun(left: dict[Job, tuple[Tensor, torch.Generator]]) -> None:
-    for (run, seed), (picture, generator) in left.items():
-        if run.begun is not None:
-            run.begun[seed] = picture, generator.clone_state()
 
 
 class Joined:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def judge_of(options: argparse.Namespace, model: Path) -> Judge | None:
 def add_request(add: Any, add_3: Any) -> None:
     add("prompts", nargs="+", metavar="PROMPT", help="one per view; [brackets] mark the concept")
     add("--views", nargs="+", required=True, metavar="VIEW", help="rotate:135, rotate_cw+negate, ...")
-    add("--view-args", type=json.loads, metavar="JSON", help='a list, one per view: [null, {"seed": 3}]')
+    add("--view-args", type=_json, metavar="JSON", help='a list, one per view: [null, {"seed": 3}]')
     add("--style", default="", help='words before every prompt, such as "a poster of"')
     add("--negative", nargs="+", metavar="PROMPT", help="what not to draw: one for all, or one per view")
     add("--concepts", nargs="+", metavar="WORDS", help="per prompt; default: its last word")
@@ -133,8 +134,15 @@ def add_work(add: Any) -> None:
 
 
 def _size(word: str) -> Any:
-    """A side of the command line, or height x width; other counts are refused later."""
-    return tuple(map(int, word.split("x"))) if "x" in word else int(word)
+    """A side of the command line, or height x width; other words and counts are refused later."""
+    sides = [int(side) if side.isdecimal() else side for side in word.split("x")]
+    return tuple(sides) if "x" in word else sides[0]
+
+
+def _json(word: str) -> Any:
+    with suppress(ValueError):
+        return json.loads(word)
+    return word  # which is refused later
 
 
 def add_partners(add: Any) -> None:

@@ -169,13 +169,18 @@ class _Batch:
         launch = os.environ.get("RANK", "0") == "0" and not restarted()
         with locked(self.folder / STATE / LOCK):  # no other process writes meanwhile
             remove_leftovers(self.folder)
-            lines = self._manifest()
+            lines, wrong = self._manifest(), list[str]()
             for job in self.jobs:
                 title = self._title(job)
-                if (found := self._finished(job)) is not None:
-                    lines[title] = self._line(job, found)
-                elif launch or lines.get(title, {}).get("status") == "done":
-                    lines.pop(title, None)
+                try:
+                    if (found := self._finished(job)) is not None:
+                        lines[title] = self._line(job, found)
+                    elif launch or lines.get(title, {}).get("status") == "done":
+                        lines.pop(title, None)
+                except InputError as error:
+                    wrong.append(str(error))
+            if wrong:
+                raise InputError("; ".join(wrong[:SHOWN]))
             self._write_manifest(lines)
 
     def _make(self, name: str, group: list[Job]) -> None:

@@ -60,11 +60,16 @@ def partners_of(table: str | Path, name: str | None = None) -> list[Partner]:
         rows = [Partner(*row) for row in read_json(Path(table))["rows"]]
     except (SourceError, KeyError, TypeError) as error:
         raise SourceError(f"{table} is no table of partners ({error!r}): make one with --measure") from error
-    wanted = None if name is None else name.lower().strip().removeprefix("a ").removeprefix("an ").strip()
-    known = sorted({name for row in rows for name in row[:2]})
-    if wanted not in (None, *map(str.lower, known)):
-        raise InputError(f"{name!r} is not in {table}, which knows {', '.join(known)}: take one of these")
+    wanted = listed(name, sorted({name for row in rows for name in row[:2]}), str(table))
     return [row for row in rows if wanted in (None, row.first.lower(), row.second.lower())]
+
+
+def listed(name: str | None, names: Sequence[str], where: str) -> str | None:
+    """A name without its article, in lower case; None stays. InputError for one that is not among the names."""
+    wanted = None if name is None else name.lower().strip().removeprefix("a ").removeprefix("an ").strip()
+    if wanted not in (None, *map(str.lower, names)):
+        raise InputError(f"{name!r} is not in {where}, which knows {', '.join(names)}: take one of these")
+    return wanted
 
 
 def _partner(cell: dict[str, Any]) -> Partner:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cascade import Cascade, SamplingRun, check_seeds
-from ..errors import InputError, number, whole_number
+from ..errors import InputError, SourceError, number, whole_number
 from ..files.atomic import write_atomically
 from ..files.checksums import combined_checksum
 from ..files.claims import Claims
@@ -38,6 +39,7 @@ from ..views import get_views
 from .best_of import by_clip
 from .metrics import TEMPERATURE, alignment, concealment
 
+log = logging.getLogger("mtl_anagram")
 Rules = Mapping[str, Any]  # by seam, each a function for both stages, or functions by stage
 Names = tuple[str, ...]
 Json = dict[str, Any]
@@ -174,6 +176,8 @@ def measure(
         picture = Path(f"{words}-{combined_checksum(request)[:12]}.png")
         path = Path(f"{words}-{combined_checksum(request | measured_by)[:12]}.json")
         units[path.stem] = run, picture, path, {"recipe_name": recipe, "request": request | measured_by}
+    for _, _, path, _ in units.values():
+        _whole(path, read_json)
     with tqdm(total=len(units), unit="cell", disable=not progress, dynamic_ncols=True) as bar:
 
         def done(name: str) -> bool:
@@ -182,7 +186,7 @@ def measure(
         for name in Claims(out / ".claims").share(list(units), done):
             bar.update(sum(map(done, units)) - bar.n)
             run, picture, path, content = units[name]
-            if not picture.is_file():
+            if not _whole(picture, read_picture):
                 save_picture(picture, torch.cat(list(run.pictures[protocol.size]), dim=-1))
             samples = _measured(run, judge, read_picture(picture), protocol.temperature)
             content |= {"picture": picture.name, "samples": samples}
@@ -191,6 +195,16 @@ def measure(
                 made.clear()
         bar.update(len(units) - bar.n)
     return [read_json(path) for _, _, path, _ in units.values()]
+
+
+def _whole(path: Path, read: Callable[[Path], object]) -> bool:
+    """Whether a file is there, and whole; a damaged one is said, and goes."""
+    try:
+        return path.is_file() and read(path) is not None
+    except SourceError:
+        log.warning("%s is damaged; it is made again", path)
+        path.unlink(missing_ok=True)
+        return False
 
 
 @torch.no_grad()

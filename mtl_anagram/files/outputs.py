@@ -19,7 +19,7 @@ from .images import contact_sheet, encode_png, read_picture, views_strip
 METADATA = "metadata.json"
 SCORES = "scores.json"  # best_of's, in the candidates' folder: scores by seed
 OURS = re.compile(r"metadata\.json|(start_from|reference|sample_\d+(x\d+)?(\.views)?)\.(png|gif|webp|mp4)")
-REPLACE = "choose another folder, or replace them: overwrite=True"
+REPLACE = "choose another folder, or delete them (overwrite=True does)"
 Request = dict[str, Any]  # JSON, read or to be written
 Size = int | tuple[int, int]  # a square's side, or (height, width), in px
 Sizes = Sequence[Size]

@@ -54,7 +54,6 @@ class Config:
     _fixed: ClassVar[dict[str, Any]]
     _required: ClassVar[list[str]] = []  # besides the fields without default
     _unused: ClassVar[list[str] | None] = []  # fields of no effect, None = all others
-    _notes: ClassVar[dict[str, Any]] = {}  # what a written file has besides
     _levels: ClassVar[list[str]] = []  # fields that are lists of one entry per level
 
     def __post_init__(self) -> None:
@@ -100,7 +99,7 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json in the published layout, all fields spelled, sorted."""
         own = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-        return dict(sorted({**self._fixed, **self._notes, **own}.items()))
+        return dict(sorted({**self._fixed, **own}.items()))
 
     def check_divides(self, divisor: str | int, name: str, value: int) -> None:
         """ConfigError unless a field, or a fixed number, divides another number of the config."""

@@ -131,14 +131,8 @@ class TextEncoder(Tower):
     """A causal transformer that reads the end token's state; GLIDE's `clip_text_enc`."""
 
     def __init__(
-        self,
-        *,
-        vocab: int = 65536,
-        context: int = 77,
-        width: int = 512,
-        layers: int = 12,
-        embedding: int = 512,
-    ) -> None:
+        self, *, vocab: int = 65536, context: int = 77, width: int = 512, layers: int = 12, embedding: int = 512
+    ) -> None:  # fmt: skip
         super().__init__(TextInput(vocab, context, width), width, layers, embedding, causal=True)
         self.vocab, self.context = vocab, context
 

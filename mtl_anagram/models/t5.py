@@ -23,18 +23,13 @@ from .configs import Config
 FIXED: dict[str, Any] = {
     "model_type": "t5", "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True
 }  # fmt: skip
-# What transformers' T5EncoderModel reads besides.
-NOTES: dict[str, Any] = {
-    "architectures": ["T5EncoderModel"], "dropout_rate": 0.0, "eos_token_id": 1, "is_encoder_decoder": False,
-    "pad_token_id": 0, "tie_word_embeddings": False, "use_cache": False,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class T5Config(Config):
     """Sizes of a T5 v1.1 encoder, by the names of the published config.json; d_kv is the size of one head."""
 
-    _owner, _fixed, _notes = "T5 v1.1", FIXED, NOTES
+    _owner, _fixed = "T5 v1.1", FIXED
     _required, _unused = ["feed_forward_proj"], None
 
     vocab_size: int
@@ -89,9 +84,7 @@ class T5Encoder(nn.Module):
             found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             whole = isinstance(x, Tensor) and not x.is_floating_point() and x.shape == ids.shape
             if not whole or x.ndim != 2 or not x.shape[1]:
-                wanted = (
-                    "integers (B, L), L at least 1, ids and mask of one shape, mask 1 = keep, 0 = padding"
-                )
+                wanted = "integers (B, L), L at least 1, of one shape; mask 1 = keep, 0 = padding"
                 raise InputError(f"{name} is {found}: give tensors of {wanted}")
         size = self.config.vocab_size
         if not ids.is_meta and not ((ids >= 0) & (ids < size)).all():

@@ -7,7 +7,7 @@ import re
 import struct
 import unicodedata
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, SourceError, whole_number
-from ..files.atomic import write_atomically
 from ..files.hub import read_json
 
 PAD, EOS, UNK = 0, 1, 2  # T5's special ids
@@ -48,7 +47,6 @@ class T5Tokenizer:
         self.vocab_size: int = self._model.GetPieceSize() + 100
         self._special = {self._model.IdToPiece(i): i for i in (PAD, EOS, UNK)}
         self._special |= {f"<extra_id_{i}>": self.vocab_size - 1 - i for i in range(100)}
-        self._names = {i: name for name, i in self._special.items()}
         self._parts = re.compile(f"({'|'.join(map(re.escape, self._special))})")
 
     def __call__(self, texts: Sequence[str], max_length: int = 77) -> tuple[Tensor, Tensor]:
@@ -70,14 +68,10 @@ class T5Tokenizer:
     def split(self, text: str) -> list[str]:
         """The text's pieces as they stand in it, one per id of `encode(text, clean=False)` but the end's.
 
-        Unlike in `pieces`, an unknown stretch keeps its characters: they join to the text, with `▁` for spaces.
+        They join to the text, with `▁` for spaces: an unknown stretch keeps its characters.
         """
         parts, pieces = self._parts.split(checked_text(text)), self._model.EncodeAsPieces
         return [piece for p in parts for piece in ([p] if p in self._special else pieces(p))]
-
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The pieces by name; `▁` begins a word."""
-        return [self._names.get(i) or self._model.IdToPiece(i) for i in map(int, ids)]
 
 
 def _proto_of(content: dict[str, Any]) -> bytes:
@@ -156,11 +150,6 @@ class CLIPTokenizer:
         pairs = [i for word in words(clean(checked_text(text))) for i in self.word(word)]
         ids = [self.start, *pairs[: context - 2], self.end]
         return ids + [0] * (context - len(ids)), len(ids)
-
-    def save(self, path: str | Path) -> None:
-        """Write the merges as a `merges.txt`, whole or not at all."""
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges), ""]
-        write_atomically(Path(path), "\n".join(lines).encode())
 
     def names(self) -> dict[str, int]:
         """Every token's name and id, as a `vocab.json` holds them."""

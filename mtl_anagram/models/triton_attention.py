@@ -130,7 +130,9 @@ class Attention(torch.autograd.Function):
         chosen = q.new_empty(*q.shape[:3], columns.shape[2], dtype=torch.float32)
         sizes, blocks = _sizes(q, k, columns)
         grid = (triton.cdiv(q.shape[2], blocks["block"]), q.shape[0] * q.shape[1])
-        _forward[grid](q, k, v, columns, out, chosen, log_sums, q.shape[3] ** -0.5, *sizes, **blocks)
+        tensors = (q, k, v, columns, out, chosen, log_sums)
+        with torch.cuda.device_of(q):  # which may not be the current card, as in a gradient it is
+            _forward[grid](*tensors, q.shape[3] ** -0.5, *sizes, **blocks)
         ctx.save_for_backward(q, k, v, columns, out, chosen, log_sums)
         return out, chosen
 

@@ -19,10 +19,9 @@ def back(output: Tensor, places: Tensor, signs: Tensor, scale: float) -> tuple[T
     pixels = height * width
     noise, variance = output.new_empty(2, images, views, 3, height, width, dtype=torch.float32)
     grid = (images * views, 3, triton.cdiv(pixels, BLOCK))
-    _back[grid](
-        output[0], output[-1], places, signs, noise, variance, scale, views, pixels,
-        GUIDED=groups == 2, BLOCK=BLOCK,
-    )  # fmt: skip
+    tensors = (output[0], output[-1], places, signs, noise, variance)
+    with torch.cuda.device_of(output):  # which may not be the current card
+        _back[grid](*tensors, scale, views, pixels, GUIDED=groups == 2, BLOCK=BLOCK)
     return noise, variance
 
 
@@ -39,27 +38,17 @@ def move(
     learnt = z is not None and variance is not None and schedule.variance_type == "learned_range"
     spread = variance.contiguous() if learnt and variance is not None else noise
     after, x0 = torch.empty_like(x), torch.empty_like(x)
-    _move[(len(x), triton.cdiv(values, BLOCK))](
-        noise, spread, x, x if z is None else z.contiguous(), numbers, limits, after, x0, values,
-        LEARNT=learnt, DRAWN=z is not None, DIVIDE=largest is None, BLOCK=BLOCK,
-    )  # fmt: skip
+    tensors = (noise, spread, x, x if z is None else z.contiguous(), numbers, limits, after, x0)
+    kinds = {"LEARNT": learnt, "DRAWN": z is not None, "DIVIDE": largest is None, "BLOCK": BLOCK}
+    with torch.cuda.device_of(x):
+        _move[(len(x), triton.cdiv(values, BLOCK))](*tensors, values, **kinds)
     return after, x0
 
 
 @triton.jit
 def _back(
-    null,
-    text,
-    places,
-    signs,
-    noise,
-    variance,
-    scale,
-    views,
-    pixels,
-    GUIDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    null, text, places, signs, noise, variance, scale, views, pixels, GUIDED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row, channel = tl.program_id(0), tl.program_id(1)
     at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     there = at < pixels

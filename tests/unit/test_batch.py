@@ -255,8 +255,9 @@ def test_torchrun(cascade_folder, small, tmp_path):
 
 
 def test_a_picture_with_another_requests_folder_is_refused_before_any_work(cascade, tmp_path, monkeypatch):
-    batch(write(tmp_path / "requests.jsonl", SECOND), tmp_path / "out", model=cascade)
+    batch(write(tmp_path / "requests.jsonl", FIRST, SECOND), tmp_path / "out", model=cascade)
     monkeypatch.setattr(Cascade, "encode", never)
-    changed = write(tmp_path / "changed.jsonl", FIRST, {**SECOND, "style": "a painting of"})
-    with pytest.raises(InputError, match="another request's pictures"):
+    other = {"style": "a painting of"}
+    changed = write(tmp_path / "changed.jsonl", {**FIRST, **other}, {**SECOND, **other})
+    with pytest.raises(InputError, match=rf"{FIRST['name']}/.*style.* delete .*{SECOND['name']}/.*style"):
         batch(changed, tmp_path / "out", model=cascade)

@@ -36,7 +36,7 @@ def judge() -> Judge:
     return Judge(["duck", "rabbit", "cat", "house"], widths=(8, 8, 8, 8)).eval()
 
 
-def test_cells_are_made_once_and_go_on(cascade, judge, tmp_path, monkeypatch) -> None:
+def test_cells_are_made_once_and_go_on(cascade, judge, tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     first = evaluate(cascade, PROTOCOL, f"~/{tmp_path.name}", judge=judge)
     files = sorted((tmp_path / "cells").glob("*.json"))
@@ -44,8 +44,12 @@ def test_cells_are_made_once_and_go_on(cascade, judge, tmp_path, monkeypatch) ->
     assert json.loads((tmp_path / "report.json").read_text()) == first
     times = {path: path.stat().st_mtime_ns for path in files}
     files[0].unlink()
+    picture = tmp_path / "cells" / json.loads(files[1].read_text())["picture"]
+    picture.write_bytes(picture.read_bytes()[:99])
+    files[1].write_text('{"recipe')
     again = evaluate(cascade, PROTOCOL, tmp_path, judge=judge, batch_size=1)
-    assert [path for path in files if path.stat().st_mtime_ns != times[path]] == [files[0]]
+    assert [path for path in files if path.stat().st_mtime_ns != times[path]] == files[:2]
+    assert caplog.text.count("is damaged; it is made again") == 2
     assert [row["all_named"] for row in again["rows"]] == [row["all_named"] for row in first["rows"]]
     assert {(row["view"], row["recipe"]) for row in first["rows"]} == {
         (view, recipe) for view in ("all", "flip", "rotate_180") for recipe in PROTOCOL.recipes
@@ -261,12 +265,12 @@ def test_the_command_prints_a_table(cascade_folder, tmp_path, monkeypatch, capsy
 
 
 def test_without_numpy(cascade_folder, tmp_path) -> None:
-    """The whole of it, with pickled towers, T5 from its files and a cache, where importing numpy fails."""
-    script = "import sys; sys.modules['numpy'] = None; import mtl_anagram.__main__ as m; sys.exit(m.main())"
+    """The whole of it, with pickled towers, T5 from its files and a cache, where neither numpy nor sympy (1 s) is."""
+    script = "import sys, mtl_anagram.__main__ as m; sys.modules.update(numpy=None, sympy=None); sys.exit(m.main())"
     write_glide(tmp_path / "clip")
     words = ["evaluate", *shlex.split(QUICKLY), "--model", str(cascade_folder), "--judge", "judge"]
-    words += shlex.split("--recipes plain balancing --noise-clip clip --text-encoder streamed")
-    words += ["--prompt-cache", "c"]
+    words += shlex.split("--steps 2 --recipes balancing anti_segregation --noise-clip clip --prompt-cache c")
+    words += shlex.split("--text-encoder streamed")
     judge = Judge(["duck", "rabbit"])  # as wide as the embedded one: its file says no widths
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge/judge.json").write_text(json.dumps({"names": judge.names}))

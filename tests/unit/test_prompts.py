@@ -21,8 +21,8 @@ def tokenizer(cascade):
 def named(tokenizer, prompt, *args):
     """The text of the tokens that concept_span gives."""
     start, stop = concept_span(tokenizer, prompt, *args)
-    ids = tokenizer.encode(prompt if args else parse_concept(prompt).prompt)
-    return "".join(tokenizer.pieces(ids[start:stop])).replace("▁", " ").strip()
+    text = (prompt if args else parse_concept(prompt).prompt).lower().strip()
+    return "".join(tokenizer.split(text)[start:stop]).replace("▁", " ").strip()
 
 
 def test_other_prompts_leave_out_what_is_asked_for():

@@ -87,6 +87,6 @@ def write_cascade(folder: Path, *, stage_2: bool = True) -> Path:
         torch.nn.init.normal_(parameter, std=0.1)
     save_module(image, folder / "noise_clip" / "clip_image_enc.safetensors")
     save_module(text, folder / "noise_clip" / "clip_text_enc.safetensors")
-    tokenizer.save(folder / "noise_clip" / "merges.txt")
+    (folder / "noise_clip" / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]))
     (folder / "cascade.json").write_text(json.dumps({"name": "tiny"}))
     return folder

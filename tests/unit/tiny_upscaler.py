@@ -44,7 +44,7 @@ LOW_RES = {
 def write_tokenizer(folder: Path, tokenizer: CLIPTokenizer | None = None) -> None:
     tokenizer = tokenizer or CLIPTokenizer(MERGES)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder / "merges.txt")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, tokenizer.merges)]))
     (folder / "vocab.json").write_text(json.dumps(tokenizer.names()))
     (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
 
