@@ -129,9 +129,8 @@ class Models:
         with LOADING, no_gradients():  # weights loaded in inference mode could take no part in a gradient
             if name not in self.__dict__:  # from Python 3.12 on, cached_property lets two threads load
                 self.make_room(name)
-                source, variant = self.source(part), self.variants[part]
-                network = load(source, variant=variant, dtype=dtype, device=self.device, **options)
-                self.__dict__[name] = network
+                options |= {"variant": self.variants[part], "dtype": dtype, "device": self.device}
+                self.__dict__[name] = load(self.source(part), **options)
             return cast(N, self.__dict__[name])
 
     @cached_property

@@ -220,10 +220,10 @@ def sample_jobs(jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[Sequence
                 for state in states(stage, part):
                     if state.index + 1 == state.num_steps:
                         made |= zip(part, state.x.clamp(-1, 1), strict=True)  # as the next stage wants them
-                        for run, seed in part if stage == 1 else ():
-                            if run.begun is not None:
-                                run.begun[seed] = made[run, seed], drawn[run, seed].clone_state()
                     yield part, stage, state
+            for run, seed in drawn if stage == 1 else ():
+                if run.begun is not None:
+                    run.begun[seed] = made[run, seed], drawn[run, seed].clone_state()
 
 
 def _beginnings(jobs: Sequence[Job]) -> tuple[dict[Job, torch.Generator], dict[Job, Tensor]]:

@@ -135,8 +135,9 @@ def add_work(add: Any) -> None:
 
 def _size(word: str) -> Any:
     """A side of the command line, or height x width; other words and counts are refused later."""
-    sides = [int(side) if side.isdecimal() else side for side in word.split("x")]
-    return tuple(sides) if "x" in word else sides[0]
+    with suppress(ValueError):
+        return tuple(map(int, word.split("x"))) if "x" in word else int(word)
+    return word
 
 
 def _json(word: str) -> Any:

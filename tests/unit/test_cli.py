@@ -151,8 +151,9 @@ def test_another_requests_pictures_are_replaced_where_that_is_asked_for(generate
 @pytest.mark.parametrize(
     "words, match",
     [
+        ("--view-args [1]", "view_args"),
         ("--view-args {", "view_args='{'"),
-        ("--size wide", "size='wide'"),
+        ("--size max", "size='max'"),
         ("--threads 0", "--threads=0"),
         ("--model no/where/at/all", "no/where"),
         ("--best-of 2 --seed 1-2", "one --seed"),
@@ -262,8 +263,7 @@ def test_information_and_arguments_that_do_not_parse(capsys):
     commands = ("generate -h", "repeat -h", "evaluate -h", "info -h", "download -h")
     assert {ends(words) for words in ("--version", "--help", *commands)} == {0}
     assert capsys.readouterr().out.startswith(f"mtl-anagram {mtl_anagram.__version__}\n")
-    one = "generate 'a duck' --views identity"
-    for words in ("", "paint", f"{one} --recipe best", "repeat"):
+    for words in ("", "paint", "generate 'a duck' --views identity --recipe best", "repeat"):
         assert ends(words) == 2
         assert "usage: mtl-anagram" in capsys.readouterr().err
 
