@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.common import ROOT, compare, fresh, head, in_turns, say
 
-COMMAND = shlex.split('"a cat" "a sea turtle" --views identity rotate_180 --style "a poster of" --seed 6')
+COMMAND = shlex.split('"a rabbit" "a butterfly" --views identity rotate_ccw --style "a poster of" --seed 23')
 ROWS = {
     "clock": "seconds", "user": "processor seconds, user", "system": "the system's", "peak": "peak memory, MiB"
 }  # fmt: skip

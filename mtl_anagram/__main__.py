@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -287,7 +288,7 @@ def _partners(options: argparse.Namespace) -> None:
     if rows:
         best = rows[0]
         asked = f'"{with_article(best.first)}" "{with_article(best.second)}" --views identity {best.view}'
-        source = "" if options.model is None else f" --model {options.model}"
+        source = "" if options.model is None else f" --model {shlex.quote(options.model)}"
         style = read_json(Path(table)).get("style", "")
         log.info(f'\nmtl-anagram generate {asked} --style "{style}" --best-of 8{source}')
 
@@ -351,7 +352,7 @@ def _download(options: argparse.Namespace) -> None:
     for path, size in sizes.items():
         log.info(f"{path}  {human_bytes(size)}")
     done = f"{len(sizes)} files, {human_bytes(sum(sizes.values()))}; from now on it works offline, too "
-    done += f"(HF_HUB_OFFLINE=1): mtl-anagram generate ... --model {options.to or options.model}"
+    done += f"(HF_HUB_OFFLINE=1): mtl-anagram generate ... --model {shlex.quote(options.to or options.model)}"
     done += f" --variant {options.variant}" if options.variant and not options.to else ""
     log.warning(done if sizes else "nothing to fetch: no part of it is on a hub")
 

@@ -108,9 +108,7 @@ class Models:
     @cached_property
     def noise_clip(self) -> NoiseCLIP:
         # Small beside the UNets, and its cosines decide weights: float32, as in the released code.
-        self.make_room("noise_clip")
-        with no_gradients():
-            return load_noise_clip(self.source("noise_clip"), dtype=torch.float32, device=self.device)
+        return self._load("noise_clip", load_noise_clip, "noise_clip", torch.float32)
 
     @cached_property
     def upscaler(self) -> Upscaler:
@@ -129,7 +127,8 @@ class Models:
         with LOADING, no_gradients():  # weights loaded in inference mode could take no part in a gradient
             if name not in self.__dict__:  # from Python 3.12 on, cached_property lets two threads load
                 self.make_room(name)
-                options |= {"variant": self.variants[part], "dtype": dtype, "device": self.device}
+                options |= {"dtype": dtype, "device": self.device}
+                options |= {"variant": self.variants[part]} if name != "noise_clip" else {}  # which has none
                 self.__dict__[name] = load(self.source(part), **options)
             return cast(N, self.__dict__[name])
 
