@@ -27,12 +27,9 @@ def main() -> None:
 
     def run(kind: str) -> dict:
         with tempfile.TemporaryDirectory() as out:
-            old = (
-                folders[kind] / "mtl_anagram" / "cli.py"
-            ).is_file()  # where earlier commits have the command
-            start = (
-                f"import sys; from mtl_anagram.{'cli' if old else '__main__'} import main; sys.exit(main())"
-            )
+            # Earlier commits have the command in cli.
+            module = "cli" if (folders[kind] / "mtl_anagram" / "cli.py").is_file() else "__main__"
+            start = f"import sys; from mtl_anagram.{module} import main; sys.exit(main())"
             words = ["-c", start, "generate", *COMMAND, "--quiet", "--out", out, *args.more]
             return fresh(sys.executable, *words, cwd=folders[kind], env={"PYTHONPATH": str(folders[kind])})
 
