@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     printer, level = _Printer(options), log.level
     log.addHandler(printer)
     log.setLevel(logging.INFO)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
         with warnings.catch_warnings():
             return _run(options)
@@ -95,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
     warnings.showwarning = show
     try:
         if (threads := getattr(options, "threads", None)) is not None:
-            torch.set_num_threads(whole_number("--threads", threads, 1))
+            torch.set_num_threads(whole_number("--threads", threads, 1, 4096))
         options.run(options)
         sys.stdout.flush()
         return 0
@@ -176,8 +178,7 @@ def _add_showing(command: Callable[..., argparse.ArgumentParser]) -> None:
 def _cascade(options: argparse.Namespace) -> Cascade:
     from .cascade import Cascade
 
-    # torchrun's: a card for each process
-    if (rank := os.environ.get("LOCAL_RANK")) and options.device is None:
+    if (rank := os.environ.get("LOCAL_RANK")) and options.device is None:  # torchrun's: each has a card
         import torch
 
         options.device = f"cuda:{rank}" if int(rank) < torch.cuda.device_count() else None
@@ -213,8 +214,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.best_of is None:
         made = generate_anagram(**request, seed=seeds)
     else:
-        best, candidates = best_of(options.best_of, **request, seed=seeds[0])
-        made = [best]
+        *made, candidates = best_of(options.best_of, **request, seed=seeds[0])
         for one, *figures in candidates:
             log.info("seed %4d  score %.3f  alignment %.3f  concealment %.3f", one.seed, *figures)
     if cascade.sources["stage_2"] is None:
@@ -318,9 +318,8 @@ def _views(options: argparse.Namespace) -> None:
 
 
 def _concepts(options: argparse.Namespace) -> None:
-    cascade = _cascade(options)
-    for what in ("concepts", "styles", "clip_concepts"):
-        log.info(f"{what}: {', '.join(getattr(cascade, what)) or 'not listed'}")
+    for what, names in _given(_cascade(options), "concepts", "styles", "clip_concepts").items():
+        log.info(f"{what}: {', '.join(names) or 'not listed'}")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -352,12 +351,14 @@ def _download(options: argparse.Namespace) -> None:
     for path, size in sizes.items():
         log.info(f"{path}  {human_bytes(size)}")
     done = f"{len(sizes)} files, {human_bytes(sum(sizes.values()))}; from now on it works offline, too "
-    done += f"(HF_HUB_OFFLINE=1): mtl-anagram generate ... --model {shlex.quote(options.to or options.model)}"
-    done += f" --variant {options.variant}" if options.variant and not options.to else ""
+    named = _given(options, "model", "stage_2", "stage_3", "noise_clip", "variant")
+    named = {"model": options.to} if options.to else named
+    words = "".join(f" --{n.replace('_', '-')} {shlex.quote(v)}" for n, v in named.items() if v)
+    done += f"(HF_HUB_OFFLINE=1): mtl-anagram generate ...{words}"
     log.warning(done if sizes else "nothing to fetch: no part of it is on a hub")
 
 
-def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+def _given(options: object, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 

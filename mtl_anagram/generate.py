@@ -6,6 +6,7 @@ import dataclasses
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def repeat_anagram(
     content = outputs.read_metadata(metadata)
     folder = outputs.check_folder(save_dir)
     try:
-        arguments, request = _arguments(content, Path(metadata)), content["request"]
+        arguments, request = _arguments(content, Path(expanduser(metadata))), content["request"]
         dtype, first = content["made_with"]["dtype"], request["weights_sha256"]
         files = dict(content["weights"]["files"])
         recorded_sums = dict(content.get("pictures", {}))
@@ -239,7 +240,7 @@ def write_run(
 
     with ExitStack() as stack:
         done |= write_jobs(todo, todo, {run: folder}, checksums, run.batch_size, watch, overwrite)
-    if len(run.seeds) > 1:
+    if len(run.seeds) > 1 and (todo or not (folder / "seeds.png").is_file()):
         outputs.write_sheet(folder, run.seeds, run.sizes[0])
     return [done[job] for job in jobs]
 
@@ -261,10 +262,8 @@ def finished_job(job: Job, folder: Path, checksums: Checksums) -> Anagram | None
     if found is None:
         return None
     said = [*run.warnings, *found.warnings]
-    if "rules" in request:
-        said.append(
-            f"{found.folder}: if the rules {request['rules']} do something else now, {outputs.REPLACE}"
-        )
+    if own := {**request.get("rules", {}), **dict.fromkeys(sorted(run.models.replaced), "of one's own")}:
+        said.append(f"{found.folder}: if {own} do something else now, {outputs.REPLACE}")
     return dataclasses.replace(found, warnings=tuple(said))
 
 

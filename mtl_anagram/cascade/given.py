@@ -63,7 +63,9 @@ def checked_given(sizes: Sequence[Size], start_from: Any, strength: Any, referen
     if kept.reduce != "sum":
         raise InputError(f"reference_view={view!r} must be a component, such as low_pass or grayscale")
     kept.check_size(sizes[0])
-    given, largest = {"start_from": start_from, "reference": reference}, sides_of(sizes[:2][-1])
+    given, (high, wide) = {"start_from": start_from, "reference": reference}, sides_of(sizes[0])
+    # As large as stage II may want it, whatever runs: who goes on later, goes on with the same picture.
+    largest = 4 * high, 4 * wide
     pictures = {name: _picture(name, one, largest) for name, one in given.items() if one is not None}
     return Given(pictures, tuple(strengths), None if reference is None else kept)
 

@@ -61,7 +61,7 @@ class Models:
         keep: str, text_encoder: str, prompt_cache: PromptCache | str | Path | None, compile: bool | str,
         fused: str | None,
     ) -> None:  # fmt: skip
-        self._replaced: set[str] = set()
+        self.replaced: set[str] = set()
         self._paths: dict[str, dict[str, Path]] = {}
         self.keep = choice("keep", keep, ("auto", "all", "one"))
         self.text_mode = choice("text_encoder", text_encoder, ("auto", "whole", "streamed"))
@@ -86,7 +86,7 @@ class Models:
     def __setattr__(self, name: str, value: Any) -> None:
         # A loaded network comes in another way. A caller's own goes where `release` says so, never to make room.
         if name in PART_OF:
-            self._replaced.add(name)
+            self.replaced.add(name)
         super().__setattr__(name, value)
 
     @cached_property
@@ -185,7 +185,7 @@ class Models:
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> (text (V, 77, D), null (1, 77, D)) on the cascade's device, in its dtype."""
         texts = [*([prompts] if isinstance(prompts, str) else prompts), ""]
-        if self.prompt_cache is None or self._replaced & {"tokenizer", "text_encoder"}:
+        if self.prompt_cache is None or self.replaced & {"tokenizer", "text_encoder"}:
             states = self._states(texts)
         else:
             states = self.prompt_cache.states(texts, self._text_identity(), self._states).to(self.device)
@@ -207,7 +207,7 @@ class Models:
         """Forget models ("text_encoder", "unet_1", ...; none named = all) and give their memory back."""
         for name in names or PART_OF:
             self.__dict__.pop(name, None)
-            self._replaced.discard(name)
+            self.replaced.discard(name)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -221,7 +221,7 @@ class Models:
         paths = {name: path for part in parts for name, path in self._paths[part].items()}
         found = {name: checksum_of(path, (recorded or {}).get(name, "")) for name, path in paths.items()}
         # What a caller has put in a network's place has no file: its class says that it is another.
-        for name in self._replaced:
+        for name in self.replaced:
             if PART_OF[name] in parts:
                 kind = type(getattr(self, name))
                 found[f"{PART_OF[name]}/{name}"] = f"{kind.__module__}.{kind.__qualname__}"
@@ -237,7 +237,7 @@ class Models:
     def make_room(self, name: str) -> None:
         """Before a network is loaded: with keep="one", those that never work beside it go."""
         company = {member for row in TOGETHER if name in row for member in row}
-        others = {m for row in TOGETHER for m in row if m in self.__dict__} - company - self._replaced
+        others = {m for row in TOGETHER for m in row if m in self.__dict__} - company - self.replaced
         if others and not self.keeps_all:
             self.release(*others)
 

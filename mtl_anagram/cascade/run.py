@@ -96,7 +96,8 @@ class SamplingRun:
 
     def only(self, seeds: list[int], stages: int | None = None) -> "SamplingRun":
         """The same request, of these seeds and the first stages alone; None = all that it has."""
-        request = replace(self.request, sizes=self.request.sizes[:stages])
+        given = replace(self.request.given, strengths=self.request.given.strengths[:stages])
+        request = replace(self.request, sizes=self.request.sizes[:stages], given=given)
         other = SamplingRun(self.models, request, seeds, self.batch_size, self.hooks)
         other.begun = self.begun
         return other

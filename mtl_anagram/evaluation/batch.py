@@ -42,14 +42,9 @@ RELOADS, LARGE = 16, 4 << 30  # batches for which one loading of networks serves
 
 
 def batch(
-    requests: str | Path,
-    save_dir: str | Path,
-    *,
-    model: Cascade | Source | None = None,
-    device: str | torch.device | None = None,
-    batch_size: int = 4,
-    progress: bool = False,
-) -> list[Line]:
+    requests: str | Path, save_dir: str | Path, *, model: Cascade | Source | None = None,
+    device: str | torch.device | None = None, batch_size: int = 4, progress: bool = False,
+) -> list[Line]:  # fmt: skip
     """Make all anagrams of a JSON Lines file: one request a line, `generate_anagram`'s arguments and a "name".
 
     Writes SAVE_DIR/NAME/SEED/... as generate_anagram does, and SAVE_DIR/manifest.jsonl, whole at any time: a line for
@@ -60,7 +55,7 @@ def batch(
     """
     whole_number("batch_size", batch_size, 1)
     folder, cascade = outputs.check_folder(save_dir, write=True), cascade_of(model, device)
-    runs = read_requests(Path(requests), cascade)
+    runs = read_requests(Path(os.path.expanduser(requests)), cascade)
     before = cascade.prompt_cache
     if before is None and not cascade.keeps_all:
         cascade.prompt_cache = PromptCache(folder / STATE / "prompts")
@@ -99,8 +94,9 @@ def _request(line: str, cascade: Cascade) -> tuple[str, SamplingRun]:
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"it is no JSON object ({error}): write one with {', '.join(FIELDS)}") from error
     name, unknown = given.pop("name", None), sorted({*given} - {*FIELDS})
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise InputError(f"name={name!r} must be up to 100 letters, digits, spaces, and . + - _: a folder's")
+    if not isinstance(name, str) or not NAME.fullmatch(name) or len(name.encode()) > 255 or name == MANIFEST:
+        said = f"must be up to 100 letters, digits, spaces, . + - _ (255 bytes), not {MANIFEST}: a folder's"
+        raise InputError(f"name={name!r} {said}")
     if unknown or not {"prompts", "views"} <= {*given}:
         found = f"{', '.join(unknown)}: unknown" if unknown else "prompts and views are needed"
         raise InputError(f"{found}; a request has {', '.join(FIELDS)}")
@@ -173,11 +169,12 @@ class _Batch:
             for job in self.jobs:
                 title = self._title(job)
                 try:
+                    outputs.check_folder(outputs.folder_of(self.folders[job[0]], job[1]), write=True)
                     if (found := self._finished(job)) is not None:
                         lines[title] = self._line(job, found)
                     elif launch or lines.get(title, {}).get("status") == "done":
                         lines.pop(title, None)
-                except InputError as error:
+                except AnagramError as error:
                     wrong.append(str(error))
             if wrong:
                 raise InputError("; ".join(wrong[:SHOWN]))
@@ -216,7 +213,7 @@ class _Batch:
     def _finished(self, job: Job) -> Anagram | None:
         """A picture that is there whole; InputError where its folder holds another request's."""
         own = outputs.folder_of(self.folders[job[0]], job[1])
-        said = "a picture is not the one that was written"
+        said = "its pictures are not whole, or not all that are asked for"
         try:
             found = finished_job(job, self.folders[job[0]], self.checksums)
         except outputs.DamagedError as error:

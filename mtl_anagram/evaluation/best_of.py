@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..cascade import Cascade, SamplingRun
 from ..errors import MAX_SEED, InputError, whole_number
-from ..files.atomic import write_atomically
 from ..files.hub import Source, read_json
 from ..files.images import read_picture
-from ..files.outputs import SCORES, Anagram, check_folder
+from ..files.outputs import SCORES, Anagram, check_folder, write_new
 from ..generate import OnStep, cascade_of, write_run
 from ..models import NoiseCLIP
 from ..models.prompts import other_prompts, parse_concept
@@ -71,15 +70,15 @@ def best_of(
         raise InputError(f"views={list(views)!r}: the best of {count} is a question of two readings or more")
     run.begun = {}  # so that stage I of the best is not sampled again
     first, apart = run.only(run.seeds, stages=1), folder / "candidates"
+    kept = read_json(apart / SCORES) if (apart / SCORES).is_file() and not overwrite else {}
     made = write_run(first, apart, overwrite, progress, on_step)
     pictures = [read_picture(anagram.pictures[run.sizes[0]]) for anagram in made]
     scores, best = by_clip(run, torch.stack(pictures))
     rows = torch.stack([best, alignment(scores), concealment(scores, TEMPERATURE)], dim=1).tolist()
     found = [Candidate(anagram, *row) for anagram, row in zip(made, rows, strict=True)]
     candidates = sorted(found, key=lambda candidate: -candidate.score)
-    kept = read_json(apart / SCORES) if (apart / SCORES).is_file() and not overwrite else {}
     kept |= {str(candidate.anagram.seed): candidate.score for candidate in candidates}
-    write_atomically(apart / SCORES, json.dumps(kept, indent=1).encode())
+    write_new(apart / SCORES, json.dumps(kept, indent=1).encode(), overwrite=True)
     winner = run.only([candidates[0].anagram.seed])
     return write_run(winner, folder, overwrite, progress, on_step)[0], candidates
 

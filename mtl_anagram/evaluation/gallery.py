@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from inspect import signature
+from operator import itemgetter
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +71,19 @@ def find_made(folders: Sequence[str | Path], size: int = SIDE) -> list[Made]:
     """
     whole_number("size", size, 1)
     found = []
-    for path in {p.resolve(): p for folder in folders for p in sorted(Path(folder).rglob(METADATA))}.values():
+    places = [path for folder in folders for path in sorted(Path(expanduser(folder)).rglob(METADATA))]
+    for path in (paths := {path.resolve(): path for path in places}).values():
         own, run = path.parent, path.absolute().parents[1]
-        if run.name == "candidates" and (run.parent / own.name / METADATA).is_file():
+        if run.name == "candidates" and (run.parent / own.name / METADATA).resolve() in paths:
             continue  # the best one, which went on
         with _shown(path):
             content = read_metadata(path)
-            first, *more = content["sizes"]
+            request, seed, (first, *more) = itemgetter("request", "seed", "sizes")(content)
+            itemgetter("prompts", "style", "recipe")(request)  # which are shown
             chosen = [first, *(s for s in more if (max(s) if isinstance(s, list) else s) <= size)][-1]
             scores = [p for p in (run / SCORES, run / "candidates" / SCORES) if p.is_file()]
-            score = read_json(scores[0]).get(str(content["seed"])) if scores else None
-            found.append(Made(own / picture_names(chosen)[0], content, score))
+            score = read_json(scores[0]).get(str(seed)) if scores else None
+            found.append(Made(own / picture_names(chosen)[0], content, score and float(score)))
     if not found:
         where = ", ".join(map(str, folders))
         raise InputError(f"{where}: no {METADATA} is there; name a folder that generate wrote")
@@ -163,8 +167,9 @@ def write_page(
     motions: dict[str, int] = {}
     cards = [_card(made, motions) for made in find_made(folders, size)]
     data = json.dumps({"cards": cards, "motions": [json.loads(text) for text in motions]})
+    data = data.replace("<", "\\u003c")
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    write_new(Path(out), page.replace("DATA", data.replace("<", "\\u003c"), 1).encode(), overwrite)
+    write_new(Path(expanduser(out)), page.replace("DATA", data, 1).encode(), overwrite)
     return len(cards)
 
 

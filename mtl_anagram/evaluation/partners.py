@@ -30,15 +30,10 @@ class Partner(NamedTuple):
 
 
 def measure_partners(
-    cascade: Cascade,
-    folder: str | Path,
-    *,
-    names: Sequence[str] | None = None,
-    views: Sequence[str] = ("flip", "rotate_180", "rotate_ccw", "rotate_cw"),
-    style: str = "a poster of",
-    seeds: Sequence[int] = tuple(range(8)),
-    **options: Any,
-) -> list[Partner]:
+    cascade: Cascade, folder: str | Path, *, names: Sequence[str] | None = None,
+    views: Sequence[str] = ("flip", "rotate_180", "rotate_ccw", "rotate_cw"), style: str = "a poster of",
+    seeds: Sequence[int] = tuple(range(8)), **options: Any,
+) -> list[Partner]:  # fmt: skip
     """Sample every pair of names under every view and write FOLDER/partners.json, best first; it goes on where it was.
 
     names None = what the cascade has learnt to draw. options: as for `measure`. By the cascade's own recipe.
@@ -61,15 +56,19 @@ def partners_of(table: str | Path, name: str | None = None) -> list[Partner]:
     except (SourceError, KeyError, TypeError) as error:
         raise SourceError(f"{table} is no table of partners ({error!r}): make one with --measure") from error
     wanted = listed(name, sorted({name for row in rows for name in row[:2]}), str(table))
-    return [row for row in rows if wanted in (None, row.first.lower(), row.second.lower())]
+    return [row for row in rows if wanted in (None, _bare(row.first), _bare(row.second))]
 
 
 def listed(name: str | None, names: Sequence[str], where: str) -> str | None:
     """A name without its article, in lower case; None stays. InputError for one that is not among the names."""
-    wanted = None if name is None else name.lower().strip().removeprefix("a ").removeprefix("an ").strip()
-    if wanted not in (None, *map(str.lower, names)):
+    wanted = None if name is None else _bare(name)
+    if wanted not in (None, *map(_bare, names)):
         raise InputError(f"{name!r} is not in {where}, which knows {', '.join(names)}: take one of these")
     return wanted
+
+
+def _bare(name: str) -> str:
+    return name.lower().strip().removeprefix("a ").removeprefix("an ").strip()
 
 
 def _partner(cell: dict[str, Any]) -> Partner:

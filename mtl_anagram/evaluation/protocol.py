@@ -136,14 +136,9 @@ def evaluate(cascade: Cascade, protocol: Protocol, folder: str | Path, **options
 
 
 def measure(
-    cascade: Cascade,
-    protocol: Protocol,
-    folder: str | Path,
-    *,
-    judge: Judge | None = None,
-    batch_size: int = 10,
+    cascade: Cascade, protocol: Protocol, folder: str | Path, *, judge: Judge | None = None, batch_size: int = 10,
     progress: bool = False,
-) -> list[Json]:
+) -> list[Json]:  # fmt: skip
     """Every cell of a protocol, sampled and measured where it is not in the folder yet.
 
     Writes FOLDER/cells/*.png (a cell's seeds side by side) and *.json (what is measured of the file's 8 bits), which
@@ -172,7 +167,8 @@ def measure(
             "dtype": str(cascade.dtype).removeprefix("torch."), "seeds": run.seeds, "size": protocol.size,
             "names": list(names), "view": view,
         }  # fmt: skip
-        words = str(out / "cells" / "-".join([recipe, view, *names]).replace(" ", "_").replace("/", "_"))
+        words = "-".join([recipe, view, *names]).replace(" ", "_").replace("/", "_")
+        words = str(out / "cells" / words[:70])  # a file's name may have 255 bytes
         picture = Path(f"{words}-{combined_checksum(request)[:12]}.png")
         path = Path(f"{words}-{combined_checksum(request | measured_by)[:12]}.json")
         units[path.stem] = run, picture, path, {"recipe_name": recipe, "request": request | measured_by}

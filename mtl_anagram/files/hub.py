@@ -35,9 +35,10 @@ class Folder:
 
     def get(self, name: str) -> Path | None:
         """The file's path, or None where the folder has no such file. SourceError for a Git LFS pointer."""
-        if not (path := self.path / name).is_file():
-            return None
+        path = self.path / name
         try:
+            if not path.is_file():
+                return None
             with open(path, "rb") as file:
                 pointer = file.read(len(POINTER)) == POINTER
         except OSError as error:
@@ -114,7 +115,8 @@ def hub_errors(repo_id: str, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         kind, status = type(error), _status(error)
-        if not isinstance(error, OSError) and not kind.__module__.startswith(("http", "urllib3")):
+        own = isinstance(error, OSError | RuntimeError) or kind.__module__.startswith(("http", "urllib3"))
+        if not own:
             raise
         said = f"{kind.__name__}: {error}" if status is None else f"the hub answers {status}"
         remedy = REMEDIES.get(kind.__name__) or REMEDIES.get(status, "try again later")

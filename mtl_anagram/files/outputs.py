@@ -111,18 +111,14 @@ def write_sheet(folder: Path, seeds: Sequence[int], size: Size) -> None:
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """A metadata.json's content, of its folder too; SourceError where there is none or it is damaged."""
-    return read_json(Path(path) / METADATA if Path(path).is_dir() else Path(path))
+    path = Path(os.path.expanduser(path))
+    return read_json(path / METADATA if path.is_dir() else path)
 
 
 def finished(
-    folder: Path,
-    seed: int,
-    request: Request,
-    sizes: Sizes,
-    *,
-    dtype: str,
+    folder: Path, seed: int, request: Request, sizes: Sizes, *, dtype: str,
     normal: Callable[[Request], Request] = dict,
-) -> Anagram | None:
+) -> Anagram | None:  # fmt: skip
     """The seed's Anagram if its folder holds this request's pictures whole; None if there is work to do.
 
     normal: brings a request to the form in which two can be compared. Pictures that were made in another dtype

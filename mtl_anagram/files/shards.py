@@ -17,7 +17,7 @@ def read_safetensors(path: Path, *names: str) -> dict[str, Tensor]:
         # Whatever the host has set: else tensors could be on another device, or take part in no gradient.
         with torch.device("cpu"), torch.inference_mode(False), safe_open(path, "pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in names or file.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
         raise SourceError(f"{path} is not a whole safetensors file ({error}); download it again") from error
 
 

@@ -18,11 +18,9 @@ from .releases import NETWORKS, PARTS, SMALL_FILES, T5_FILE, T5_JSON, weight_pat
 
 
 def download(
-    plan: Plan,
-    sources: Mapping[str, Source | None],
-    variants: Mapping[str, str | None],
+    plan: Plan, sources: Mapping[str, Source | None], variants: Mapping[str, str | None],
     to: str | Path | None = None,
-) -> dict[str, Path]:
+) -> dict[str, Path]:  # fmt: skip
     """Fetch what a cascade loads and is not here yet; returns the files by part and name, {} if none is remote.
 
     to None = the hub's cache (and $MTL_ANAGRAM_CACHE for GLIDE's CLIP), where the cascade's name finds them again;

@@ -4,6 +4,7 @@ import os
 import secrets
 import sys
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def is_glide(source: Source | None) -> bool:
 def cache_folder() -> Path:
     """Where the published files are kept: $MTL_ANAGRAM_CACHE, else mtl_anagram in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("MTL_ANAGRAM_CACHE") or f"{base}/mtl_anagram").expanduser() / "noise_clip"
+    folder = os.environ.get("MTL_ANAGRAM_CACHE") or f"{base}/mtl_anagram"
+    return Path(os.path.expanduser(folder), "noise_clip")
 
 
 def open_noise_clip(source: Source, subfolder: str | None = None, *, fetch: bool = True) -> Files:
@@ -102,7 +104,7 @@ def _download(path: Path) -> None:
         if sum(tensor.numel() for tensor in read_pickle(part).values()) != PARAMETERS[path.stem]:
             raise SourceError("it is cut off or damaged")
         os.replace(part, path)
-    except OSError as error:  # the server's answer, no connection, no room on the disk, damage
+    except (OSError, HTTPException) as error:  # the server's answer, no connection, no room, damage
         remedy = f"try again later, or give a folder that holds {path.name}"
         raise SourceError(f"{url} could not be fetched into {path.parent} ({error}); {remedy}") from error
     finally:

@@ -23,7 +23,8 @@ class Judge(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], any size of at least 32 -> logits (B, K)."""
-        h = F.interpolate(pictures, size=(32, 32), mode="bilinear", antialias=True, align_corners=False)
+        h = F.interpolate(pictures.float(), size=(32, 32), mode="bilinear", antialias=True)
+        h = h.to(self.head.weight.dtype)
         for i, block in enumerate(self.blocks):
             h = block(F.max_pool2d(h, 2) if i else h)
         return self.head(h.mean((2, 3)))

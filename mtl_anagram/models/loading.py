@@ -108,7 +108,7 @@ def load_noise_clip(
         state = read_pickle(path) if path.suffix == ".pt" else read_safetensors(path)
         try:
             return assemble(lambda: build(state), state, dtype=dtype, device=device, one_dtype=True)
-        except (InputError, LookupError, TypeError, ValueError) as error:  # of what tensors there are
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:  # of what tensors there are
             remedy = "take the file from a whole release"
             raise WeightsError(f"{path} is no such tower ({error}): {remedy}") from error
 

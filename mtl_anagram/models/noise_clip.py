@@ -238,10 +238,11 @@ def _sizes(state: Mapping[str, Tensor], table: str) -> dict[str, int]:
 
 def _timesteps(t: int | Tensor, limit: int, pictures: Tensor) -> Tensor:
     """t as (R,) long on the pictures' device, checked where that takes no reading back from another device."""
-    rows = len(pictures)
+    rows = pictures.shape[0]  # not len(), which would fix the number in a graph
     if not isinstance(t, Tensor):  # filled in: a copy from the host would hold a GPU up
         t = torch.full((), whole_number("t", t, 0, limit - 1), dtype=torch.int64, device=pictures.device)
-    outside = t.device.type == "cpu" and not ((t >= 0) & (t < limit)).all()
+    seen = t.device.type == "cpu" and not torch.compiler.is_compiling()
+    outside = seen and not ((t >= 0) & (t < limit)).all()
     if outside or t.is_floating_point() or t.shape not in ((), (rows,)):
         raise InputError(f"t={t}: give a timestep from 0 to {limit - 1}, one or {rows}, one for each picture")
     return torch.as_tensor(t, dtype=torch.int64, device=pictures.device).expand(rows)

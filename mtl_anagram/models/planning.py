@@ -61,16 +61,9 @@ class Plan:
 
 
 def plan(
-    sources: Mapping[str, Source | None],
-    variants: Mapping[str, str | None],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    name: str = "cascade",
-    views: int = 2,
-    batch_size: int = 1,
-    size: int = 64,
-) -> Plan:
+    sources: Mapping[str, Source | None], variants: Mapping[str, str | None], *, dtype: torch.dtype,
+    device: torch.device, name: str = "cascade", views: int = 2, batch_size: int = 1, size: int = 64,
+) -> Plan:  # fmt: skip
     """Plan a cascade's work from its files' headers, else published figures, asking no hub; size: stage I's in px."""
     rows = whole_number("views", views, 1) * whole_number("batch_size", batch_size, 1)
     area = whole_number("size", size, 1) ** 2
@@ -111,7 +104,7 @@ def _planned(
     if {path.suffix for path in files} == {".safetensors"}:  # each by itself: the CLIP's towers share names
         tensors = [item for path in files for item in Shards([path], aliases=T5_ALIASES).items()]
         parameters, stored = sum(t.numel() for _, t in tensors), sum(t.nbytes for _, t in tensors)
-        first = max((t.shape[0] for name, t in tensors if name.endswith("conv_in.weight")), default=0)
+        first = max((t.shape[0] for n, t in tensors if t.ndim and n.endswith("conv_in.weight")), default=0)
     elif known is not None:
         parameters, first = known
         stored = 4 * parameters if variant is None else 2 * (parameters + T5_SINGLE * t5)

@@ -93,13 +93,9 @@ class Parts:
 
 
 def find_parts(
-    source: Source,
-    variant: str | None = None,
-    *,
-    stage_2: Source | None = None,
-    stage_3: Source | None = None,
+    source: Source, variant: str | None = None, *, stage_2: Source | None = None, stage_3: Source | None = None,
     noise_clip: Source | None = None,
-) -> Parts:
+) -> Parts:  # fmt: skip
     """Resolve a cascade's source (a release's name, a folder or a hub id) and the parts named beside it.
 
     A part that is None is the source's own; "none" leaves it out; a release's name means that release's part. variant:

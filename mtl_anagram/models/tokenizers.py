@@ -142,7 +142,6 @@ class CLIPTokenizer:
         self._ids = {name: i for i, name in enumerate(names)}
         self.vocab_size = len(names)
         self.start, self.end = self.vocab_size - 2, self.vocab_size - 1
-        self._known: dict[str, list[int]] = {START: [self.start], END: [self.end]}
 
     def encode(self, text: str, context: int = 77) -> tuple[list[int], int]:
         """The text as `context` ids and their number: start, at most context - 2 pairs, end, then zeros."""
@@ -157,16 +156,16 @@ class CLIPTokenizer:
 
     def word(self, word: str) -> list[int]:
         """A word's ids: its bytes, merged pair by pair, the earliest-ranked pair first."""
-        if word not in self._known:
-            parts = [self._bytes[byte] for byte in word.encode("utf-8")]
-            parts[-1] += "</w>"
-            while ranked := [pair for pair in pairwise(parts) if pair in self._rank]:
-                best = min(ranked, key=self._rank.__getitem__)
-                for i in range(len(parts)):  # which get fewer
-                    if tuple(parts[i : i + 2]) == best:
-                        parts[i : i + 2] = ["".join(best)]
-            self._known[word] = [self._ids[part] for part in parts]
-        return self._known[word]
+        if word in (START, END):
+            return [self._ids[word]]
+        parts = [self._bytes[byte] for byte in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        while ranked := [pair for pair in pairwise(parts) if pair in self._rank]:
+            best = min(ranked, key=self._rank.__getitem__)
+            for i in range(len(parts)):  # which get fewer
+                if tuple(parts[i : i + 2]) == best:
+                    parts[i : i + 2] = ["".join(best)]
+        return [self._ids[part] for part in parts]
 
 
 def _lines(path: Path) -> list[str]:

@@ -124,9 +124,9 @@ def upconv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A 3x3 convolution of a map whose pixels are each repeated 2x2, (R, C, H, W) -> (R, D, 2H, 2W).
 
     Both together are one transposed convolution of kernel 4 and stride 2, with 16 products for an input pixel in
-    place of 36. Where there are few pixels, making its weights would cost more than that saves.
+    place of 36. Not where there are few pixels: making its weights would cost more; nor for a wrapper (LoRA's, say).
     """
-    if x.shape[-2] * x.shape[-1] < FEW_PIXELS:
+    if x.shape[-2] * x.shape[-1] < FEW_PIXELS or not isinstance(conv, nn.Conv2d):
         return conv(F.interpolate(x, scale_factor=2.0))
     last = torch.eye(3, dtype=x.dtype, device=x.device).flip(0)
     # Along one side: which of the 4 outputs that an input pixel reaches has which of the 3 weights, or two of them.

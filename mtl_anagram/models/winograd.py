@@ -22,11 +22,12 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, _, height, width = x.shape
-        if min(self.weight.shape[:2]) < WIDE or rows * height * width < MANY or height % 2 or width % 2:
+        plain = torch.compiler.is_compiling() or min(self.weight.shape[:2]) < WIDE
+        if plain or rows * height * width < MANY or height % 2 or width % 2:
             return super().forward(x)
         exact = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if not exact or trained or torch.compiler.is_compiling():
+        if not exact or trained:
             return super().forward(x)
         return BySquares.apply(x, self.weight, self.bias, False)
 

@@ -44,7 +44,8 @@ def checked_views(views: Any, *sizes: tuple[int, int]) -> list[ViewLike]:
     if isinstance(views, str) or not isinstance(views, Sequence) or not views:
         raise InputError(f"views={views!r}: give a list of at least one view")
     for view in views:
-        if not all(callable(getattr(view, name, None)) for name in ("view", "inverse_view")):
+        methods = [getattr(view, name, None) for name in ("view", "inverse_view")]
+        if isinstance(view, type) or not all(map(callable, methods)):
             raise InputError(f"{view!r} is no view: it needs view(x) and inverse_view(prediction)")
         for height, width in sizes if hasattr(view, "check_size") else ():
             view.check_size(height if height == width else (height, width))
@@ -96,7 +97,7 @@ def checked_text(name: str, states: Any, images: int, views: int, like: tuple[in
     rows: tuple[int, ...] = (views,)
     if isinstance(states, Tensor) and states.ndim == 4:
         rows = (images, views)
-    elif isinstance(states, Tensor) and like and len(states) == 1:
+    elif isinstance(states, Tensor) and like and states.shape[:1] == (1,):
         rows = (1,)
     legend = "(V, L, D) or (B, V, L, D)" + ", or (1, L, D), of the text's L and D" * bool(like)
     if not torch.isfinite(float_tensor(name, states, (*rows, *(like or (None, None))), legend)).all():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +104,7 @@ def pair(seam: str, result: Tensor | tuple[Tensor, Tensor | None], x: Tensor) ->
 @contextmanager
 def no_gradients() -> Iterator[None]:
     """No graphs, also in a caller's inference mode, and no autocast of a caller's: results are the request's alone."""
-    cuda = torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), cuda:
+    other = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    no_casts = torch.autocast(other, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), no_casts:
         yield

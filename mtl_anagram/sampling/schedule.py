@@ -89,7 +89,7 @@ class Levels:
             values["num_inference_steps"] = num_inference_steps
         try:
             return cls(**values)
-        except InputError as error:
+        except (InputError, TypeError) as error:  # a field that it needs, or does not have
             raise ConfigError(str(error)) from None
 
 
@@ -226,7 +226,7 @@ class LatentSchedule(NoiseLevels):
 
 
 def cosine_alpha_bar(u: float) -> float:
-    """The kept share of a picture's power at u of the way to pure noise, 0 to 1; at 0 it is 0.99985."""
+    """The kept share of a picture's power at u of the way to pure noise, 0 to 1; at 0 it is 0.99984."""
     return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
 

@@ -36,6 +36,7 @@ from .solvers import DDIM, DDPM, DPMSolver2M
 SCORER_SIZE = 64  # the side of the pictures that a scorer is given
 LOOK_EVERY = 10  # steps; each look at what a device has found makes the host wait for it
 CHANNELS = 3
+HOOK = Callable, type(None)
 Score = Callable[[Tensor, int], Tensor]
 Size = int | tuple[int, int]
 
@@ -77,7 +78,7 @@ def sample_stage1(
     which is drawn after the step's own. fused: "torch" or "triton": the same numbers in fewer passes
     (`sampling.fused`), of views that move pixels. All is checked at the call.
     """
-    check_kinds(recipe=(recipe, Recipe))
+    check_kinds(recipe=(recipe, Recipe), combine=(combine, *HOOK), step=(step, *HOOK), after=(after, *HOOK))
     schedule = schedule or Schedule.stage_1(recipe.num_inference_steps)
     more = (schedule, size, start, reference, fused)
     run = _Run(unet, text, null, views, score, generators, recipe, *more)
@@ -113,7 +114,7 @@ def sample_stage2(
     called with class_labels=noise_level, a tensor of shape (). No anti-segregation. Each generator gives the initial
     noise (3, H, W), the noise on low_res (3, H, W), then one per step but the last. schedule: Schedule.stage_2 if None.
     """
-    check_kinds(recipe=(recipe, Recipe))
+    check_kinds(recipe=(recipe, Recipe), combine=(combine, *HOOK), step=(step, *HOOK), after=(after, *HOOK))
     if recipe.stage_2_guidance_scale is not None:
         recipe = replace(recipe, guidance_scale=recipe.stage_2_guidance_scale)
     schedule = schedule or Schedule.stage_2(recipe.num_inference_steps)
@@ -223,12 +224,16 @@ class _Run(Run):
         if self.fused is not None:
             own = self.views, self.sides, self.schedule, self.text.device
             self.passes = Fused(*own, self.fused, self.draw_picture)
+        for name, given in (("start", self.start), ("reference", self.reference)):
+            if given is not None and (not isinstance(given, tuple | list) or len(given) != 2):
+                raise InputError(f"{name}={given!r}: give two, pictures and a share of the steps, or a view")
+            if given is not None:
+                checked_picture(given[0], self.count, name, self.sides)
+        if self.reference is not None and not callable(getattr(self.reference[1], "inverse_view", None)):
+            raise InputError(f"reference={self.reference!r}: its second must be a view, such as a component")
         # Null rows are for guidance: without it, or where the network does not read the text, nobody needs them.
         share = 1.0 if self.start is None else number("strength", self.start[1], above=True, high=1)
         self.first = min(round((1 - share) * (steps := self.recipe.num_inference_steps)), steps - 1)
-        for name, given in (("start", self.start), ("reference", self.reference)):
-            if given is not None:
-                checked_picture(given[0], self.count, name, self.sides)
         reads = getattr(self.unet, "reads_text", True)
         times = enumerate(self.schedule.timesteps)
         self.guided = {t for index, t in times if reads and self.recipe.is_guided(index)}

@@ -41,7 +41,7 @@ class Component(View):
         return prediction - parts if self.rest else parts
 
     def show(self, x: Tensor) -> Tensor:
-        return x if self.rest else self.filter(x)
+        return self.view(x) if self.rest else self.filter(self.view(x))
 
 
 class LowPass(Component):
@@ -73,7 +73,7 @@ class TripleMediumPass(Component):
         return blurred(x, self.fine) - blurred(x, self.coarse)
 
     def show(self, x: Tensor) -> Tensor:
-        return blurred(x, self.fine)
+        return blurred(self.view(x), self.fine)
 
 
 class TripleHighPass(LowPass):
@@ -114,8 +114,9 @@ class Motion(Component):
         longer, places = max(abs(right), abs(down)), []  # whole px along the longer
         for along, side in zip((down, right), x.shape[-2:], strict=True):
             places.append(mirrored((steps * (along / longer)).round().long(), side).to(x.device).T)
-        moved = [at_least_float32(x)[..., r[:, None], c] for r, c in zip(*places, strict=True)]
-        return torch.stack(moved).mean(dim=0).to(x.dtype)
+        wide = at_least_float32(x)
+        moved = (wide[..., r[:, None], c] for r, c in zip(*places, strict=True))  # one at a time in memory
+        return (sum(moved, torch.zeros_like(wide)) / len(steps)).to(x.dtype)
 
 
 MotionRes = variant(Motion, "motion_res", "What `motion` leaves, seen at rest alone.", rest=True)
@@ -133,7 +134,7 @@ class Scale(Component):
         return x * self.factor
 
     def show(self, x: Tensor) -> Tensor:
-        return x
+        return self.view(x)
 
 
 COMPONENTS: list[type[View]] = [LowPass, HighPass, TripleLowPass, TripleMediumPass, TripleHighPass]

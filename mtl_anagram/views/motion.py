@@ -61,7 +61,7 @@ class Motion:
         drawn = x.new_full((len(x), high * wide), PAPER)
         for layer in (owner < top[there], owner == top[there]):
             total = torch.zeros_like(drawn).index_add_(1, there[layer], colours[:, layer])
-            count = torch.bincount(there[layer], minlength=high * wide)
+            count = torch.bincount(there[layer], minlength=high * wide).float()
             # Points that turned do not fall evenly: a pixel that got half of its own is covered.
             drawn = torch.lerp(drawn, total / count.clamp(min=1), (2 * count / POINTS**2).clamp(max=1))
         late = max(0.0, (fraction - 0.85) / 0.15) if self.fade == "end" else 0.0
@@ -123,7 +123,7 @@ def _permutation(view: View, pixels: Tensor) -> tuple[Tensor | None, int]:
 def _turning(pieces: Tensor, turn: float = 0, mirror: bool = False, **options: Any) -> Motion:
     """The last of the pieces (H, W) turns, or is mirrored, about its centre."""
     starts, last = _centres(pieces, _grid(pieces)), torch.unique(pieces) == pieces.max()
-    return Motion(pieces, starts, starts, last * float(turn), last & mirror, **options)
+    return Motion(pieces, starts, starts, last.float() * turn, last & mirror, **options)
 
 
 def _sheared(sources: Tensor, view: Rotate) -> Motion:

@@ -114,7 +114,8 @@ def _view(name: object, given: Any, stream: str) -> View:
         given = [given.get(part) for part in parts]
     given = [*_entries(f"view_args of {name!r}", given, len(parts))] if len(parts) > 1 else [given]
     for j, (_, own) in enumerate(named):
-        given[j] = {**own, **given[j]} if own and isinstance(given[j], Mapping) else given[j] or own
+        mine = own if given[j] is None else given[j]
+        given[j] = {**own, **mine} if isinstance(mine, Mapping) else mine
     views = [_make(part, given[j], name, f"{stream}/{j}") for j, part in enumerate(parts)]
     return views[0] if len(views) == 1 else Composition(views)
 
@@ -126,13 +127,13 @@ def _named(part: str) -> tuple[str, dict[str, Any]]:
     found: dict[str, Any] = {}
     for i, word in enumerate(text.split(",") if colon else ()):
         key, equals, value = (part.strip() for part in word.partition("="))
-        if name in CLASSES and i >= len(names):
-            takes = ", ".join(names) or "no arguments"
-            raise InputError(f"view {part!r}: {name!r} takes {takes}; give no more")
         if not equals:  # a flag's name, or the value of the argument in this place
             key, value = (key, "true") if key in names else (names[i] if i < len(names) else "", key)
+        if name in CLASSES and (i >= len(names) or key in found):
+            takes = ", ".join(names) or "no arguments"
+            raise InputError(f"view {part!r}: {name!r} takes {takes}; give no more, and each once")
         found[key] = value
-        with contextlib.suppress(ValueError):  # words are left for the view to refuse
+        with contextlib.suppress(ValueError, RecursionError):  # words are left for the view to refuse
             found[key] = json.loads(value)
     return name, found
 

@@ -245,7 +245,6 @@ def test_a_schedulers_notice(cascade_folder, cascade, small, tmp_path):
 
 
 def test_torchrun(cascade_folder, small, tmp_path):
-    """Two processes share the work; no collective is needed."""
     path, undisturbed = small
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "mtl_anagram", "batch", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mtl_anagram import Recipe, generate_anagram
+from mtl_anagram import Recipe, generate_anagram, repeat_anagram
 from mtl_anagram.errors import InputError, PromptWarning
 from mtl_anagram.evaluation.best_of import best_of, embed_finished
 from mtl_anagram.evaluation.gallery import find_made
@@ -46,6 +46,14 @@ def test_the_highest_score_goes_through_all_stages(cascade, tmp_path) -> None:
     assert all(c.anagram.skipped for c in same)
     alone = generate_anagram("a sketch of", PROMPTS, VIEWS, tmp_path / "a", **request | {"seed": best.seed})
     assert alone[0].pictures[256].read_bytes() == best.pictures[256].read_bytes()
+
+
+def test_candidates_of_a_start_can_be_made_again(cascade, tmp_path) -> None:
+    request = {"start_from": torch.rand(3, 256, 256) * 2 - 1, "strength": [1, 0.5], "model": cascade}
+    _, (one, _) = best_of(2, "a sketch of", PROMPTS, VIEWS, tmp_path / "a", recipe=QUICK, **request)
+    again = repeat_anagram(one.anagram.folder, tmp_path / "b", model=cascade)
+    assert again.pictures[64].read_bytes() == one.anagram.pictures[64].read_bytes()
+    assert len(find_made([tmp_path / "a" / "candidates"])) == 2  # the best one is above, and not asked for
 
 
 def test_finished_pictures_are_looked_at_more_than_once(cascade) -> None:

@@ -51,7 +51,6 @@ def test_parts_of_a_folder_may_be_missing(own_folder):
 
 @pytest.mark.parametrize("inside", ["", "unet"])
 def test_parts_by_themselves(cascade_folder, cascade, inside):
-    """Releases' own folders, or the UNet's for stage II."""
     parts = {"stage_2": cascade_folder / "stage_2" / inside, "noise_clip": cascade_folder / "noise_clip"}
     apart = on_cpu(str(cascade_folder / "stage_1"), **parts)
     assert apart.name == str(cascade_folder / "stage_1")
@@ -123,7 +122,6 @@ def test_models_loaded_in_inference_mode_can_be_guided(cascade_folder, cascade):
 
 @pytest.mark.parametrize("place", ["scheduler", "."])
 def test_schedules_come_from_the_release(own_folder, cascade, place):
-    """Also where the file lies beside the models' folders."""
     for stage in ("stage_1", "stage_2"):
         (own_folder / stage / place).mkdir(exist_ok=True)
         (own_folder / stage / place / "scheduler_config.json").write_text(json.dumps(SCHEDULER))

@@ -182,7 +182,6 @@ def test_fused_passes_give_the_same_pictures(cascade_folder):
 
 @pytest.mark.parametrize("keep", ["all", "one"])
 def test_a_part_may_be_replaced_until_it_is_released(cascade_folder, cascade, keep):
-    """Any callable will do for a UNet; text_maps is needed for anti-segregation alone."""
     own, times = on_cpu(cascade_folder, keep=keep), []
     plain, unet = {"recipe": Recipe.plain(num_inference_steps=2)}, own.unet_1
 

@@ -182,7 +182,6 @@ def test_the_tokenizer_that_newer_libraries_save(hub):
 
 
 def test_a_network_comes_when_it_is_needed(hub, cascade):
-    """Without a download before: its own two files, and no others."""
     loaded = if_m(variant="fp32").unet_1
     assert hub.asked == [f"{ONE}/unet/config.json", f"{ONE}/unet/diffusion_pytorch_model.safetensors"]
     assert loaded.config == cascade.unet_1.config
@@ -212,7 +211,6 @@ def test_a_disk_that_is_too_small(hub, monkeypatch):
 
 
 def test_a_machine_that_is_too_small_is_told_beforehand(hub, monkeypatch):
-    """The files may be for another machine: a warning, and the files come."""
     monkeypatch.setattr(planning, "memory_of", lambda device: Memory(2 << 30, 2 << 30))
     with pytest.warns(UserWarning, match="stage I needs about .* GB.*smaller release.*bfloat16"):
         fetch(if_m())

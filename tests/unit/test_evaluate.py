@@ -68,7 +68,6 @@ def counted(folder: Path, name: str, judge: Judge, model: Cascade) -> None:
 
 
 def test_processes_share_the_cells(cascade, cascade_folder, judge, tmp_path) -> None:
-    """Two at one folder, as torchrun starts them: each cell is sampled once, and both know all in the end."""
     children = [start(on_tiny, counted, cascade_folder, tmp_path, name, judge) for name in ("one", "two")]
     assert [status(child) for child in children] == [0, 0]
     (first, report_1), (second, report_2) = (json.loads((tmp_path / n).read_text()) for n in ("one", "two"))
@@ -285,7 +284,6 @@ def test_without_numpy(cascade_folder, tmp_path) -> None:
 
 
 def test_partners(cascade_folder, judge, tmp_path) -> None:
-    """Every pair under every view, best first; a name's own, with its article or without."""
     model = Cascade.from_pretrained(cascade_folder, device="cpu")
     model.recipe = QUICK
     names, views = ["duck", "cat", "house"], ("flip", "rotate_ccw")

@@ -146,7 +146,6 @@ WAITS |= {"lift_fresh", "_pin_memory"}
 
 @pytest.mark.parametrize("fused", [None, "torch"])
 def test_a_step_asks_its_device_nothing(fused, monkeypatch):
-    """All techniques on the library's own network; steps 1 to 8 of 10 have no look at the flags."""
     torch.manual_seed(0)
     unet = UNet(UNetConfig.from_dict(STAGE_1)).requires_grad_(False)
     text, null = torch.randn(2, 4, 16), torch.randn(1, 4, 16)

@@ -26,7 +26,6 @@ def by_hand(cascade, prompts, concepts, views, seed, recipe, sizes, noise_level=
 
 
 def test_the_released_call_writes_what_its_parts_make(cascade, tmp_path):
-    """One run with the sizes and file names of IF: 64 and 256 px, called by place as the released code is."""
     prompts, names = ["a duck", "a rabbit"], ["identity", "jigsaw"]
     (made,) = generate_anagram(
         "a sketch of", prompts, names, tmp_path, "cpu", 9, num_inference_steps=1, model=cascade

@@ -76,7 +76,7 @@ def test_a_start_is_noised_to_the_level_where_the_steps_begin():
         states = stage1(unet=lambda *a: (seen.append(a[0]), unet(*a))[1], start=(begun, strength), **given)
         assert [(s.index, s.timestep) for s in states] == list(enumerate(schedule.timesteps))[index:]
         torch.testing.assert_close(seen[0][:1], schedule.add_noise(begun, first, schedule.timesteps[index]))
-    for wrong in ((begun, 0.0), (begun, 1.1), (begun[..., :32], 0.5), (begun * 3, 0.5)):
+    for wrong in ((begun, 0.0), (begun, 1.1), (begun[..., :32], 0.5), (begun * 3, 0.5), begun, (begun,)):
         with pytest.raises(InputError, match="strength|start"):
             stage1(start=wrong, **given)
 

@@ -7,6 +7,8 @@ import torch
 from mtl_anagram import Recipe, UpscaleRecipe
 from mtl_anagram.cascade import embedded_folder
 from mtl_anagram.models import UNet, UNetConfig, load_judge, load_noise_clip, load_t5, load_unet
+from mtl_anagram.views import get_views
+from mtl_anagram.views.motion import Moving
 from tests.unit import tiny
 from tests.unit.tiny_requests import files, on_cpu
 from tests.unit.tiny_upscaler import write_upscaler
@@ -24,7 +26,6 @@ def other_defaults():
 
 
 def test_the_hosts_defaults_change_no_picture(make, cascade_folder, tmp_path):
-    """All stages, and a cache of prompts' states."""
     stage_3 = write_upscaler(tmp_path / "stage_3")
     request = {"prompts": ["a duck", "a rabbit", "a cat"], "views": ["jigsaw", "negate", "patch_permute"]}
     request |= {"recipe": Recipe.corrected(), "negative": "a house"}
@@ -47,6 +48,7 @@ def results(folder, x, ids, t):
     found += unet.text_maps(x, t, context, (1, 3), resolution=16).values()
     clip = load_noise_clip(folder / "noise_clip", device="cpu")
     judge, size = load_judge(embedded_folder(), device="cpu"), clip.image_encoder.image_size
+    found.append(Moving(get_views(["flip+negate"])[0], x[0]).at(0.3))
     return [*found, clip.embed_image(x[..., :size, :size], 5), clip.embed_text(["a duck"]), judge(x)]
 
 
@@ -73,7 +75,8 @@ def test_a_network_loaded_in_inference_mode_takes_part_in_gradients(cascade_fold
 
 @torch.no_grad()
 def test_an_exported_network_takes_any_number_of_rows():
-    unet = UNet(UNetConfig.from_dict({**tiny.STAGE_2, **tiny.TWO_LEVELS})).eval().requires_grad_(False)
+    wide = {"block_out_channels": [160, 160], "attention_head_dim": 32}  # whose convolutions go by squares
+    unet = UNet(UNetConfig.from_dict(tiny.STAGE_2 | tiny.TWO_LEVELS | wide)).eval().requires_grad_(False)
     x, text, labels = torch.randn(3, 6, 16, 16), torch.randn(3, 5, 16), {"class_labels": torch.tensor(50)}
     rows = torch.export.Dim("rows", min=2, max=64)
     shapes = {"x": {0: rows}, "t": None, "text": {0: rows}, **dict.fromkeys(labels)}

@@ -41,6 +41,8 @@ def test_it_learns_and_is_read_back(tmp_path) -> None:
         assert torch.allclose(again(picture), judge(picture), atol=1e-5)
         large = torch.nn.functional.interpolate(picture, scale_factor=4, mode="nearest")
         assert torch.allclose(again(large), again(picture), atol=0.2)
+        rounded = load_judge(tmp_path, dtype="bfloat16")(picture).float()
+        assert torch.allclose(rounded, judge(picture), atol=0.2)
     assert again.index(["block"]).tolist() == [1]
     with pytest.raises(InputError, match="'duck'.*bar, block"):
         again.index(["duck"])

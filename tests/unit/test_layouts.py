@@ -58,7 +58,6 @@ def test_unet_folders(tmp_path, variant, shards, transformers):
 @pytest.mark.parametrize("config", [tiny.STAGE_1, tiny.STAGE_2], ids=["stage I", "stage II"])
 @pytest.mark.parametrize("without", [NEW_FIELDS, NEW_FIELDS | {"encoder_hid_dim_type"}])
 def test_an_old_config(tmp_path, config, without):
-    """It means the same network, also without the field that one published file is known to lack."""
     tiny.write_unet(tmp_path / "unet", config)
     expected = load_unet(tmp_path)
     path = tmp_path / "unet" / "config.json"

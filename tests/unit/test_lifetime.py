@@ -36,7 +36,6 @@ def loads(monkeypatch):
 
 
 def test_one_at_a_time_loads_each_once_after_the_one_before_is_gone(cascade_folder, loads):
-    """Both batches pass stage I before stage II is loaded."""
     run = sample(on_cpu(cascade_folder, keep="one"), [3, 4, 5], batch_size=2)
     order = list(dict.fromkeys((step.seeds, step.stage) for step in run))
     assert order == [((3, 4), 1), ((5,), 1), ((3, 4), 2), ((5,), 2)]
@@ -68,7 +67,6 @@ def test_auto_keeps_all_where_there_is_room_and_one_where_there_is_not(cascade_f
 
 
 def test_damage_in_stage_2_shows_before_stage_1_is_sampled(own_folder):
-    """In the files' headers, where one network at a time is loaded; test_malformed has the others."""
     path = own_folder / "stage_2" / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "layers_per_block": [1, 1, 1, 1, 2]}))
     with pytest.raises(WeightsError, match="stage_2.*missing"):

@@ -67,7 +67,6 @@ def refused(call, *fragments):
 
 
 def test_the_undamaged_input_is_taken(cascade_folder, cascade):
-    """What all cases start from is valid, so that each fails for what was changed in it."""
     load_all(cascade_folder)
     generate(cascade)
     assert generate(cascade)[0].skipped
@@ -183,6 +182,5 @@ def test_tensors_of_another_make(own_folder, name, tensor, change, fragment):
 
 
 def test_networks_that_do_not_belong_together(own_folder):
-    """Refused before stage I is sampled, not after it."""
     tiny.write_unet(own_folder / "stage_2" / "unet", {**tiny.STAGE_2, "encoder_hid_dim": 32})
     refused(lambda: generate(str(own_folder), stop_after=None, recipe=Recipe.plain()), "encoder_hid_dim=32")

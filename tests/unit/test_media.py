@@ -72,9 +72,12 @@ def test_a_png_holds_the_pixels(tmp_path):
     for mode, colour, value in (("LA", (0, 0), 1), ("RGBA", (0, 0, 0, 0), 1), ("I;16", 32767, 0)):
         Image.new(mode, (2, 2), colour).save(path)  # white paper below what is not there; 16 bits of grey
         assert (read_picture(path) - value).abs().max() < 0.01
-    path.write_bytes(encode_png(picture)[:60])
-    with pytest.raises(SourceError, match=r"a\.png' is no readable picture"):
-        read_picture(path)
+    large = bytearray(encode_png(torch.rand(3, 200, 200) * 2 - 1))
+    large[large.rindex(b"IDAT")] = 255  # a SyntaxError of Pillow's
+    for damaged in (encode_png(picture)[:60], large):
+        path.write_bytes(damaged)
+        with pytest.raises(SourceError, match=r"a\.png' is no readable picture"):
+            read_picture(path)
     for shape in ((1, 3, 4, 4), (4, 4, 3), (3, 0, 4)):
         with pytest.raises(InputError, match="picture has shape"):
             encode_png(torch.zeros(shape))

@@ -81,7 +81,6 @@ def test_commands_for_released_weights_are_understood():
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "weights/README.md", *ROOT.glob("docs/*.md")])
 def test_links(path):
-    """README's links are absolute, for a package index; what they name is in the repository."""
     page = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
     links = re.findall(r"\]\(([^)\s]+)\)", page)
     for link in links:

@@ -55,7 +55,6 @@ def test_three_sizes_are_written_and_stages_one_and_two_are_what_they_were(make,
 
 @pytest.mark.parametrize("views", ["first", "all", "all_latents"])
 def test_the_picture_is_the_loops_own(whole, views):
-    """The generator of stages I and II goes on in stage III, as in the released code."""
     upscale = UpscaleRecipe(num_inference_steps=2, views=views, noise_level=20)
     prompts, recipe = ["a duck", "a cat!"], Recipe.released(num_inference_steps=2)
     run = sample(whole, prompts=["a duck", "a [cat]!"], views=["identity", "rotate_cw"], upscale=upscale)

@@ -148,6 +148,8 @@ def test_an_index_view_of_the_users_own():
         ([Blinds()], [{"bands": 4}], "blinds.*view_args"),
         (["flip+"], None, "unknown view '' in 'flip.'. The views are identity, flip, "),
         (["flip"], [{"factor": 1}], "factor.*'flip' takes no arguments"),
+        (["rotate:10,angle=30"], None, "'rotate' takes angle, circle; .*once"),
+        (["skew:2"], [0], "view_args=0"),
         (["jigsaw"], [{"num_pieces": 1}], "num_pieces=1.*from 2 to 32"),
         (["skew+flip"], [[{"factor": 1}, {"factor": 1}]], "'flip' takes no arguments"),
     ],

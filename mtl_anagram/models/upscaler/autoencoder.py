@@ -67,11 +67,9 @@ def affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     """norm(x) = x scale + shift, each (B, C, 1, 1) in float32 or wider."""
     groups = x.unflatten(1, (norm.num_groups, -1))  # (B, G, C/G, H, W)
     wide = torch.promote_types(x.dtype, torch.float32)
-    if wide == x.dtype:
-        variance, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0)
-    else:  # one group at a time: a wider copy of the whole map would be the largest thing in memory
-        moments = [torch.var_mean(g.to(wide), dim=(1, 2, 3), correction=0) for g in groups.unbind(1)]
-        variance, mean = (torch.stack(part, dim=1) for part in zip(*moments, strict=True))  # (B, G)
+    # One group at a time: a wider copy of the whole map would be the largest thing in memory.
+    moments = [torch.var_mean(g.to(wide), dim=(1, 2, 3), correction=0) for g in groups.unbind(1)]
+    variance, mean = (torch.stack(part, dim=1) for part in zip(*moments, strict=True))  # (B, G)
     repeat = x.shape[1] // norm.num_groups
     scale = norm.weight.to(wide) * torch.rsqrt(variance + norm.eps).repeat_interleave(repeat, dim=1)
     shift = norm.bias.to(wide) - mean.repeat_interleave(repeat, dim=1) * scale  # (B, C)

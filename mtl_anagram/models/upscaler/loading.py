@@ -102,6 +102,9 @@ class Upscaler:
 
     def check_weights(self, *, encoder: bool = False) -> None:
         """WeightsError or SourceError for files that would not load, from their headers; reads no weights."""
+        if (words := self.tokenizer.vocab_size) > (size := self.text_config.vocab_size):
+            said = f"{self.source}: the tokenizer has {words} tokens, the text encoder {size}"
+            raise ConfigError(f"{said}; take both from the same release")
         self._load(UpscalerUNet, "unet", self.unet_config, check=True)
         self._load(CLIPTextTower, "text_encoder", self.text_config, check=True)
         for half in (LatentDecoder, LatentEncoder)[: 1 + encoder]:

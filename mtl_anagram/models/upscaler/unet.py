@@ -134,8 +134,8 @@ class UpscalerUNet(UNetBase):
         """
         x = self.picture(x)
         context = text if isinstance(text, UpscalerText) else self.prepare(text)
-        emb = self.time_embedding(self.numbers("t", t, len(x)))  # (R or 1, time width)
-        labels = self.class_embedding(self.numbers("class_labels", class_labels, len(x)).long())
+        emb = self.time_embedding(self.numbers("t", t, x.shape[0]))  # (R or 1, time width)
+        labels = self.class_embedding(self.numbers("class_labels", class_labels, x.shape[0]).long())
         # Every resnet activates the same embedding: once is enough.
         h = self.walk(x, F.silu(emb + labels), context)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
