@@ -107,10 +107,10 @@ def repeat_anagram(
     the rules of one's own that made it, by the names that the metadata has. Raises InputError where the weights are
     not those that made the picture, or the file is not metadata of ours.
     """
-    content = outputs.read_metadata(metadata)
+    content = outputs.read_metadata(metadata := Path(expanduser(metadata)))
     folder = outputs.check_folder(save_dir)
     try:
-        arguments, request = _arguments(content, Path(expanduser(metadata))), content["request"]
+        arguments, request = _arguments(content, metadata), content["request"]
         dtype, first = content["made_with"]["dtype"], request["weights_sha256"]
         files = dict(content["weights"]["files"])
         recorded_sums = dict(content.get("pictures", {}))

@@ -95,20 +95,20 @@ class Models:
 
     @cached_property
     def text_encoder(self) -> T5Encoder:
-        return self._load("text_encoder", load_t5, "stage_1", self.text_dtype, streamed=self.streams_text)
+        return self._load("text_encoder", load_t5, self.text_dtype, streamed=self.streams_text)
 
     @cached_property
     def unet_1(self) -> UNet:
-        return self._load("unet_1", self._load_unet, "stage_1", self.dtype)
+        return self._load("unet_1", self._load_unet, self.dtype)
 
     @cached_property
     def unet_2(self) -> UNet:
-        return self._load("unet_2", self._load_unet, "stage_2", self.dtype)
+        return self._load("unet_2", self._load_unet, self.dtype)
 
     @cached_property
     def noise_clip(self) -> NoiseCLIP:
         # Small beside the UNets, and its cosines decide weights: float32, as in the released code.
-        return self._load("noise_clip", load_noise_clip, "noise_clip", torch.float32)
+        return self._load("noise_clip", load_noise_clip, torch.float32)
 
     @cached_property
     def upscaler(self) -> Upscaler:
@@ -123,11 +123,11 @@ class Models:
             unet.compile(fullgraph=True, backend="inductor" if self.compile is True else self.compile)
         return unet
 
-    def _load(self, name: str, load: Callable[..., N], part: str, dtype: Any, **options: Any) -> N:
+    def _load(self, name: str, load: Callable[..., N], dtype: Any, **options: Any) -> N:
         with LOADING, no_gradients():  # weights loaded in inference mode could take no part in a gradient
             if name not in self.__dict__:  # from Python 3.12 on, cached_property lets two threads load
                 self.make_room(name)
-                options |= {"dtype": dtype, "device": self.device}
+                part, options = PART_OF[name], {**options, "dtype": dtype, "device": self.device}
                 options |= {"variant": self.variants[part]} if name != "noise_clip" else {}  # which has none
                 self.__dict__[name] = load(self.source(part), **options)
             return cast(N, self.__dict__[name])

@@ -169,10 +169,11 @@ class _Batch:
             for job in self.jobs:
                 title = self._title(job)
                 try:
-                    outputs.check_folder(outputs.folder_of(self.folders[job[0]], job[1]), write=True)
                     if (found := self._finished(job)) is not None:
                         lines[title] = self._line(job, found)
-                    elif launch or lines.get(title, {}).get("status") == "done":
+                        continue
+                    outputs.check_folder(outputs.folder_of(self.folders[job[0]], job[1]), write=True)
+                    if launch or lines.get(title, {}).get("status") == "done":
                         lines.pop(title, None)
                 except AnagramError as error:
                     wrong.append(str(error))

@@ -115,8 +115,8 @@ def hub_errors(repo_id: str, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         kind, status = type(error), _status(error)
-        own = isinstance(error, OSError | RuntimeError) or kind.__module__.startswith(("http", "urllib3"))
-        if not own:
+        theirs = isinstance(error, OSError | RuntimeError) or kind.__module__.startswith(("http", "urllib3"))
+        if not theirs:
             raise
         said = f"{kind.__name__}: {error}" if status is None else f"the hub answers {status}"
         remedy = REMEDIES.get(kind.__name__) or REMEDIES.get(status, "try again later")

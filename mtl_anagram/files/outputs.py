@@ -111,8 +111,7 @@ def write_sheet(folder: Path, seeds: Sequence[int], size: Size) -> None:
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """A metadata.json's content, of its folder too; SourceError where there is none or it is damaged."""
-    path = Path(os.path.expanduser(path))
-    return read_json(path / METADATA if path.is_dir() else path)
+    return read_json(Path(path) / METADATA if Path(path).is_dir() else Path(path))
 
 
 def finished(

@@ -229,11 +229,11 @@ class _Run(Run):
                 raise InputError(f"{name}={given!r}: give two, pictures and a share of the steps, or a view")
             if given is not None:
                 checked_picture(given[0], self.count, name, self.sides)
-        if self.reference is not None and not callable(getattr(self.reference[1], "inverse_view", None)):
-            raise InputError(f"reference={self.reference!r}: its second must be a view, such as a component")
-        # Null rows are for guidance: without it, or where the network does not read the text, nobody needs them.
+        if self.reference is not None:
+            checked_views([self.reference[1]])
         share = 1.0 if self.start is None else number("strength", self.start[1], above=True, high=1)
         self.first = min(round((1 - share) * (steps := self.recipe.num_inference_steps)), steps - 1)
+        # Null rows are for guidance: without it, or where the network does not read the text, nobody needs them.
         reads = getattr(self.unet, "reads_text", True)
         times = enumerate(self.schedule.timesteps)
         self.guided = {t for index, t in times if reads and self.recipe.is_guided(index)}

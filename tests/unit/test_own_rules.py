@@ -83,7 +83,7 @@ def test_solvers_reach_a_known_distribution(solver):
 
 
 def test_the_loop_alone_on_any_shape_and_number_of_channels():
-
+    """One channel, one dimension: a picture is whatever the callables make of x."""
     states = list(
         sample(
             torch.ones(2, 1, 8),
