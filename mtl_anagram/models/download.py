@@ -14,7 +14,7 @@ from ..files.outputs import check_folder
 from . import glide
 from .loading import weight_names
 from .planning import TOO_LARGE, Plan, human_bytes
-from .releases import NETWORKS, PARTS, SMALL_FILES, T5_FILE, T5_JSON, weight_paths
+from .releases import NETWORKS, PARTS, SMALL_FILES, TOKENIZER_JSON, weight_paths
 
 
 def download(
@@ -71,7 +71,8 @@ def _wanted(repo_id: str, part: str, variant: str | None) -> dict[str, int]:
     with hub_errors(repo_id, "the list of its files"):
         listed = HfApi().model_info(repo_id, files_metadata=True).siblings or []
     sizes = {entry.rfilename: entry.size or 0 for entry in listed}
-    patterns = [*SMALL_FILES[part], *([T5_JSON] if T5_FILE in {*SMALL_FILES[part]} - {*sizes} else [])]
+    absent = any(needed and name not in sizes for name, needed in SMALL_FILES[part].items())
+    patterns = [*SMALL_FILES[part], *[TOKENIZER_JSON] * absent]
     patterns += [name for names in glide.CLIP_FILES for name in names] if part == "noise_clip" else []
     for network in (network for network in NETWORKS if network.part == part and network.base):
         dot = "" if variant is None else f".{variant}"

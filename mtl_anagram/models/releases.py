@@ -43,11 +43,11 @@ NETWORKS = (
     Network("noise_clip", "noise_clip", "", "", STAGES[1:]),
 )
 SCHEDULER = "scheduler/scheduler_config.json"
-# T5's tokenizer: the published file, or where that is missing the one that newer libraries save.
-T5_FILE, T5_JSON = "tokenizer/spiece.model", "tokenizer/tokenizer.json"
-# What else a part's repository or folder holds that is read: True = it must be there.
+# What else a part's repository or folder holds that is read: True = it must be there, or, for all of these are a
+# tokenizer's, in their place the one file that newer libraries save.
+TOKENIZER_JSON = "tokenizer/tokenizer.json"
 SMALL_FILES: dict[str, dict[str, bool]] = {
-    "stage_1": {T5_FILE: True, SCHEDULER: False},
+    "stage_1": {"tokenizer/spiece.model": True, SCHEDULER: False},
     "stage_2": {SCHEDULER: False},
     "stage_3": {
         **dict.fromkeys(("tokenizer/merges.txt", "tokenizer/vocab.json"), True),
@@ -173,11 +173,11 @@ def part_files(source: Source, part: str, variant: str | None) -> dict[str, Path
     for network in (network for network in NETWORKS if network.part == part):
         paths = network_files(network, source, variant)
         found |= {f"{network.subfolder}/{path.name}".lstrip("/"): path for path in paths}
-    if T5_FILE in found and found[T5_FILE] is None:
-        found[T5_JSON] = optional_file(source, *T5_JSON.split("/"))
-    for name, needed in SMALL_FILES[part].items():
-        if needed and found[name] is None and found.get(T5_JSON) is None:
-            raise SourceError(f"{source} has no {name}: give a whole release, or unset HF_HUB_OFFLINE once")
+    if absent := [name for name, needed in SMALL_FILES[part].items() if needed and found[name] is None]:
+        found[TOKENIZER_JSON] = optional_file(source, *TOKENIZER_JSON.split("/"))
+        said = f"{source} has no {absent[0]}: give a whole release, or unset HF_HUB_OFFLINE once"
+        if found[TOKENIZER_JSON] is None:
+            raise SourceError(said)
     return {name: path for name, path in found.items() if path is not None}
 
 

@@ -120,7 +120,7 @@ class CLIPTokenizer:
     def __init__(self, merges: str | Path | Sequence[str | tuple[str, str]]) -> None:
         """merges: most frequent first, as pairs or as "left right", or a file of them; SourceError for others.
 
-        Files: a `merges.txt`, or CLIP's `bpe_simple_vocab_16e6.txt`, gzipped or not, of which the first 48,894 count.
+        Files: `merges.txt`, `tokenizer.json`, or CLIP's `bpe_simple_vocab_16e6.txt[.gz]`, whose first 48,894 count.
         """
         where = merges if isinstance(merges, str | Path) else "merges"
         try:
@@ -129,7 +129,7 @@ class CLIPTokenizer:
             self.merges = [(left, right) for left, right in pairs]  # ValueError where a line is no pair
             if not all(map(all, pairs)) or len({*self.merges}) < max(1, len(pairs)):
                 raise ValueError("it is empty, or a merge stands there twice or has an empty part")
-        except (OSError, EOFError, zlib.error, ValueError) as error:
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
             said = f"{where} is not a whole list of merges ({error}): pairs with one space between"
             raise SourceError(f"{said}; give CLIP's bpe_simple_vocab_16e6.txt.gz or a merges.txt") from error
         self._rank = {pair: rank for rank, pair in enumerate(self.merges)}
@@ -139,7 +139,7 @@ class CLIPTokenizer:
         self._bytes = {b: chr(b) for b in printing} | {b: chr(256 + i) for i, b in enumerate(others)}
         names = [*self._bytes.values(), *(name + "</w>" for name in self._bytes.values())]
         names += ["".join(pair) for pair in self.merges] + [START, END]
-        self._ids = {name: i for i, name in enumerate(names)}
+        self.ids = {name: i for i, name in enumerate(names)}  # as a `vocab.json` holds them
         self.vocab_size = len(names)
         self.start, self.end = self.vocab_size - 2, self.vocab_size - 1
 
@@ -150,14 +150,10 @@ class CLIPTokenizer:
         ids = [self.start, *pairs[: context - 2], self.end]
         return ids + [0] * (context - len(ids)), len(ids)
 
-    def names(self) -> dict[str, int]:
-        """Every token's name and id, as a `vocab.json` holds them."""
-        return dict(self._ids)
-
     def word(self, word: str) -> list[int]:
         """A word's ids: its bytes, merged pair by pair, the earliest-ranked pair first."""
         if word in (START, END):
-            return [self._ids[word]]
+            return [self.ids[word]]
         parts = [self._bytes[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
         while ranked := [pair for pair in pairwise(parts) if pair in self._rank]:
@@ -165,10 +161,12 @@ class CLIPTokenizer:
             for i in range(len(parts)):  # which get fewer
                 if tuple(parts[i : i + 2]) == best:
                     parts[i : i + 2] = ["".join(best)]
-        return [self._ids[part] for part in parts]
+        return [self.ids[part] for part in parts]
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[Any]:
+    if path.suffix == ".json":
+        return [*read_json(path)["model"]["merges"]]
     data = path.read_bytes()
     text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
     lines = text.replace("\r\n", "\n").rstrip("\n").split("\n")

@@ -1,6 +1,7 @@
 """Stage III's networks and tokenizer against diffusers' and transformers', on tiny random models."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -183,8 +184,11 @@ def test_tokenizer_equals_the_reference(tmp_path):
 
 
 def test_tokenizer_equals_the_reference_in_clips_own_vocabulary(tmp_path):
-    ours, _ = tokenizers(tmp_path, CLIPTokenizer(published("bpe_simple_vocab_16e6.txt.gz")))
+    ours, reference = tokenizers(tmp_path, CLIPTokenizer(published("bpe_simple_vocab_16e6.txt.gz")))
     assert ours.vocab_size == 49408
+    reference.save_pretrained(tmp_path / "newer" / "tokenizer")
+    newer = UpscalerTokenizer(tmp_path / "newer")
+    assert newer(TEXTS).equal(ours(TEXTS))
     assert ours(["a photo of a cat!"], 9).tolist() == [[49406, 320, 1125, 539, 320, 2368, 0, 49407, 0]]
 
 
@@ -197,8 +201,12 @@ def test_the_whole_release_loads_lazily(vae, tmp_path):
     upscaler = load_upscaler(tmp_path)
     assert upscaler.unet is upscaler.unet
     text, null = upscaler.encode(["a duck", "a cat"])
-    assert text.shape == (2, 77, 24)
-    assert null.shape == (1, 77, 24)
+    assert (text.shape, null.shape) == ((2, 77, 24), (1, 77, 24))
     assert upscaler.max_noise_level == 350
     files = set(part_files(tmp_path, "stage_3", None))
     assert {"unet/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"} <= files
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer", pad_token="!")
+    shutil.rmtree(tmp_path / "tokenizer")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")  # as today's libraries do: tokenizer.json
+    assert part_files(tmp_path, "stage_3", None).keys() >= {"tokenizer/tokenizer.json"}
+    assert load_upscaler(tmp_path).encode(["a duck", "a cat"])[0].equal(text)

@@ -4,17 +4,9 @@ import pytest
 import torch
 
 from examples import own_rules as rules
+from mtl_anagram import Recipe
 from mtl_anagram.errors import InputError
-from mtl_anagram.sampling import (
-    DDIM,
-    Combined,
-    DPMSolver2M,
-    Prediction,
-    Recipe,
-    Schedule,
-    sample,
-    sample_stage1,
-)
+from mtl_anagram.sampling import DDIM, Combined, DPMSolver2M, Prediction, Schedule, sample, sample_stage1
 from tests.unit.test_sampling_stages import VIEWS, Gaussian, Network, generators, score, stage1, texts
 
 PLAIN = Recipe.plain(num_inference_steps=4)

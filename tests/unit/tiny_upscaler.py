@@ -45,7 +45,7 @@ def write_tokenizer(folder: Path, tokenizer: CLIPTokenizer | None = None) -> Non
     tokenizer = tokenizer or CLIPTokenizer(MERGES)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, tokenizer.merges)]))
-    (folder / "vocab.json").write_text(json.dumps(tokenizer.names()))
+    (folder / "vocab.json").write_text(json.dumps(tokenizer.ids))
     (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
 
 

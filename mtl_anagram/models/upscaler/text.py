@@ -19,23 +19,25 @@ PAD = "!"  # the released special_tokens_map.json's, over tokenizer_config.json'
 
 
 class UpscalerTokenizer:
-    """Prompts to token ids, from a folder's or a hub repository's tokenizer/: vocab.json and merges.txt.
+    """Prompts to token ids, from a tokenizer/ on disk or the hub: vocab.json and merges.txt, or a tokenizer.json.
 
     Other than GLIDE's CLIP tokenizer, which has the same merges: no HTML escapes are resolved and no quotes
     straightened; texts are padded with the token "!", id 0; and since that is a special token, every "!" in a
-    prompt is cut out and read as id 0, too. SourceError where the two files do not belong together.
+    prompt is cut out and read as id 0, too. SourceError where the files do not belong together.
     """
 
     def __init__(self, source: Source) -> None:
         files = open_source(source, "tokenizer", "vocab.json")
-        merges, path = require(files, "merges.txt"), files.get("special_tokens_map.json")
+        # Newer libraries save tokenizer.json alone, and name a padding beside it that is not the release's.
+        merges, path = require(files, "merges.txt", "tokenizer.json"), files.get("special_tokens_map.json")
         pad = PAD if path is None else read_json(path).get("pad_token", PAD)
         pad = pad.get("content") if isinstance(pad, Mapping) else pad
         self.pairs = CLIPTokenizer(merges)
-        names = self.pairs.names()
-        if read_json(require(files, "vocab.json")) != names or not isinstance(pad, str) or pad not in names:
+        names, alone = self.pairs.ids, merges.suffix == ".json"
+        vocab = read_json(merges)["model"].get("vocab") if alone else read_json(require(files, "vocab.json"))
+        if vocab != names or not isinstance(pad, str) or pad not in names:
             said = "do not belong together; download them again"
-            raise SourceError(f"{merges}, its vocab.json and the padding token {pad!r} {said}")
+            raise SourceError(f"{merges}, its vocabulary and the padding token {pad!r} {said}")
         self.vocab_size, self.pad = len(names), names[pad]
         self.special = {START: names[START], END: names[END], pad: self.pad}
 
