@@ -4,7 +4,7 @@
 
 On one core four minutes, and sheet.png about fifteen more (kept in output/sheet: an interrupted sheet goes on).
 `--out FOLDER --steps 2` rehearses all. anagram.png follows README's first command, illusions.png the table of
-illusions.md. `choices`, which must be named, shows both with seeds 0 to 7, to choose by eye.
+illusions.md, sheet.png sheet.jsonl. `choices`, which must be named, shows both with seeds 0 to 7, to choose by eye.
 """
 
 import argparse
@@ -124,8 +124,8 @@ def choices() -> None:
 
 
 def sheet() -> None:
-    quick = ["--count", 2, "--seeds", 1] if options.steps else []
-    example("sheet.py", options.out / "sheet.png", *quick)
+    which = ["--count", 2, "--seeds", 1] if options.steps else [DOCS / "sheet.jsonl"]
+    example("sheet.py", options.out / "sheet.png", *which)
 
 
 def attention() -> None:

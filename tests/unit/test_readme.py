@@ -11,6 +11,7 @@ import torch
 
 import mtl_anagram
 from mtl_anagram import __main__ as command
+from mtl_anagram.evaluation.batch import read_requests
 from tests import api_page, readme
 from tests.readme import README, ROOT
 
@@ -41,11 +42,8 @@ def test_page_and_examples_in_one_folder(tmp_path, monkeypatch, capsys):
     again, first = next(tmp_path.glob("repeated/*/0014/sample_256.png")), "glasses/0014/sample_256.png"
     assert again.read_bytes() == (tmp_path / first).read_bytes()
 
-    monkeypatch.setattr(
-        mtl_anagram,
-        "generate_anagram",
-        functools.partial(mtl_anagram.generate_anagram, num_inference_steps=2),
-    )
+    quick = functools.partial(mtl_anagram.generate_anagram, num_inference_steps=2)
+    monkeypatch.setattr(mtl_anagram, "generate_anagram", quick)
     for path in EXAMPLES:
         made = run_example(path, monkeypatch, capsys)
         assert made, path
@@ -102,6 +100,8 @@ def test_links(path):
 
 
 def test_example_commands_are_understood():
+    embedded = mtl_anagram.Cascade.from_pretrained(device="cpu")
+    assert len(read_requests(ROOT / "docs/sheet.jsonl", embedded)) == 24
     for path in ROOT.glob("examples/*.sh"):
         (words,) = readme.commands(path.read_text(encoding="utf-8"))
         assert command._parser().parse_args(words).prompts
