@@ -8,16 +8,16 @@ Of a table's pairs each is under its best view, and of its seeds the one that th
 """
 
 import argparse
-import json
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from mtl_anagram import Cascade, get_views
+from mtl_anagram import Cascade, View, get_views
 from mtl_anagram.cascade import embedded_folder
-from mtl_anagram.evaluation.batch import batch
+from mtl_anagram.evaluation.batch import batch, read_requests
 from mtl_anagram.evaluation.best_of import best_of
 from mtl_anagram.evaluation.partners import TABLE, Partner, partners_of
 from mtl_anagram.files.images import as_image, read_picture
@@ -25,7 +25,7 @@ from mtl_anagram.models import load_judge
 from mtl_anagram.models.prompts import with_article
 
 SIDE, TEXT, GAP, COLUMNS = 128, 16, 10, 4  # px: of a picture, of its line of text, between anagrams
-Made = tuple[list[str], list[str], list[Path]]  # prompts, views, pictures from small to large
+Made = tuple[list[str], Sequence[View], list[Path]]  # prompts, views, pictures from small to large
 
 
 def top(table: Path, count: int, each: int) -> list[Partner]:
@@ -42,17 +42,22 @@ def top(table: Path, count: int, each: int) -> list[Partner]:
 def best_seeds(rows: list[Partner], cascade: Cascade, args: argparse.Namespace) -> Iterator[Made]:
     for first, second, view, *_ in rows:
         folder, prompts = Path(args.folder, f"{first} {second} {view}"), [*map(with_article, (first, second))]
-        options = {"model": cascade, "batch_size": args.seeds}
-        one, _ = best_of(args.seeds, args.style, prompts, ["identity", view], folder, **options)
-        yield prompts, ["identity", view], list(one.pictures.values())
+        views, options = get_views(["identity", view]), {"model": cascade, "batch_size": args.seeds}
+        one, _ = best_of(args.seeds, args.style, prompts, views, folder, **options)
+        yield prompts, views, list(one.pictures.values())
 
 
 def requested(requests: Path, cascade: Cascade, folder: str) -> Iterator[Made]:
-    asked = [json.loads(line) for line in requests.read_text("utf-8").splitlines()]
-    named = {request["name"]: request for request in asked}
+    runs = read_requests(requests, cascade)
+    if others := [name for name, run in runs.items() if len(run.views) != 2]:
+        sys.exit(f"{requests}: {', '.join(others)}: a sheet shows two views of each; leave the others out")
     for line in batch(requests, folder, model=cascade):
-        request = named[line["name"]]
-        yield request["prompts"], request["views"], [Path(folder, path) for path in line["pictures"]]
+        if line["status"] == "failed":
+            print(f"{line['name']}, seed {line['seed']}: {line['error']}", file=sys.stderr)
+            continue
+        run = runs[line["name"]]
+        prompts = [prompt.removeprefix(run.request.style).strip() for prompt in run.prompts]
+        yield prompts, run.views, [Path(folder, path) for path in line["pictures"]]
 
 
 def main() -> None:
@@ -83,7 +88,7 @@ def main() -> None:
     for i, (prompts, views, paths) in enumerate(made):
         left, top_edge = GAP + i % COLUMNS * wide, GAP + i // COLUMNS * high
         pictures = [*map(read_picture, paths)]
-        for v, (view, prompt) in enumerate(zip(get_views(views), prompts, strict=True)):
+        for v, (view, prompt) in enumerate(zip(views, prompts, strict=True)):
             tile = as_image(view.view(pictures[-1])).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
             sheet.paste(tile, (left + v * SIDE, top_edge))
             name = prompt.removeprefix("a ").removeprefix("an ")
@@ -91,8 +96,8 @@ def main() -> None:
             text = "" if args.unnamed else f"{name} *" if read == name else name
             draw.text((left + v * SIDE + 4, top_edge + SIDE + 2), text, fill="black")
         draw.rectangle((left, top_edge, left + 2 * SIDE - 1, top_edge + SIDE - 1), outline="gray")
-        turn = views[1].replace("rotate_", "")
-        draw.text((left + 2 * SIDE - 30, top_edge + SIDE + 2), turn, fill="gray")
+        turn, right = views[1].name.replace("rotate_", ""), left + 2 * SIDE - 4
+        draw.text((right - draw.textlength(turn), top_edge + SIDE + 2), turn, fill="gray")
     sheet.quantize(256).save(args.sheet, optimize=True)
     print(f"{args.sheet}  {len(made)} pairs")
 

@@ -123,12 +123,12 @@ def hub_errors(repo_id: str, what: str) -> Iterator[None]:
         raise SourceError(f"{repo_id}: {what} cannot be had ({said}): {remedy}; or give a folder") from error
 
 
-def open_source(source: Source, subfolder: str | None, marker: str, *, fetch: bool = True) -> Files:
-    """Where `marker` (config.json, say) and its kin lie: source/subfolder, or source if that is the folder."""
+def open_source(source: Source, subfolder: str | None, *markers: str, fetch: bool = True) -> Files:
+    """Where one of `markers` (config.json, say) and its kin lie: source/subfolder, or source if that is the folder."""
     try:
         path, inner = Path(source).expanduser(), Path(source, subfolder or "").expanduser()
         for folder in (inner, path):  # path: the model's own folder was given
-            if source and (folder / marker).is_file():
+            if source and any((folder / marker).is_file() for marker in markers):
                 return Folder(folder)
         if source and inner.is_dir():
             return Folder(inner)

@@ -86,10 +86,7 @@ def load_t5(
 
 def load_tokenizer(source: Source, *, subfolder: Name = "tokenizer") -> T5Tokenizer:
     """T5's tokenizer from `spiece.model`, else from `tokenizer.json`."""
-    try:
-        files = open_source(source, subfolder, "spiece.model")
-    except SourceError:  # the tokenizer's own folder, perhaps
-        files = open_source(source, subfolder, "tokenizer.json")
+    files = open_source(source, subfolder, "spiece.model", "tokenizer.json")
     return T5Tokenizer(require(files, "spiece.model", "tokenizer.json"))
 
 

@@ -127,6 +127,7 @@ class CLIPTokenizer:
             listed = _lines(Path(merges)) if isinstance(merges, str | Path) else merges
             pairs = [line.split(" ") if isinstance(line, str) else line for line in listed[:CLIP_MERGES]]
             self.merges = [(left, right) for left, right in pairs]  # ValueError where a line is no pair
+            joined = ["".join(pair) for pair in self.merges]
             if not all(map(all, pairs)) or len({*self.merges}) < max(1, len(pairs)):
                 raise ValueError("it is empty, or a merge stands there twice or has an empty part")
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
@@ -138,7 +139,7 @@ class CLIPTokenizer:
         others = (byte for byte in range(256) if byte not in printing)
         self._bytes = {b: chr(b) for b in printing} | {b: chr(256 + i) for i, b in enumerate(others)}
         names = [*self._bytes.values(), *(name + "</w>" for name in self._bytes.values())]
-        names += ["".join(pair) for pair in self.merges] + [START, END]
+        names += [*joined, START, END]
         self.ids = {name: i for i, name in enumerate(names)}  # as a `vocab.json` holds them
         self.vocab_size = len(names)
         self.start, self.end = self.vocab_size - 2, self.vocab_size - 1

@@ -187,7 +187,7 @@ def test_tokenizer_equals_the_reference_in_clips_own_vocabulary(tmp_path):
     ours, reference = tokenizers(tmp_path, CLIPTokenizer(published("bpe_simple_vocab_16e6.txt.gz")))
     assert ours.vocab_size == 49408
     reference.save_pretrained(tmp_path / "newer" / "tokenizer")
-    newer = UpscalerTokenizer(tmp_path / "newer")
+    newer = UpscalerTokenizer(tmp_path / "newer" / "tokenizer")
     assert newer(TEXTS).equal(ours(TEXTS))
     assert ours(["a photo of a cat!"], 9).tolist() == [[49406, 320, 1125, 539, 320, 2368, 0, 49407, 0]]
 

@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from mtl_anagram.errors import InputError
-from mtl_anagram.models.noise_clip import (
-    ImageEncoder,
-    NoiseCLIP,
-    TextEncoder,
-    image_encoder_from,
-    text_encoder_from,
-)
+from mtl_anagram.models import NoiseCLIP
+from mtl_anagram.models.noise_clip import ImageEncoder, TextEncoder, image_encoder_from, text_encoder_from
 from mtl_anagram.models.tokenizers import CLIPTokenizer
 from tests.helpers import facts, relative
 from tests.unit.test_attention import slow

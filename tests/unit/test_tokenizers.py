@@ -63,10 +63,14 @@ def test_clip_merges_as_pairs_or_files(tmp_path):
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
     (tmp_path / "bare.txt").write_bytes("\r\n".join(MERGES).encode())  # as Windows may check it out
     (tmp_path / "bpe.txt.gz").write_bytes(gzip.compress(('"bpe#version: 0.2\n' + "\n".join(MERGES)).encode()))
-    for same in (pairs, *(CLIPTokenizer(tmp_path / n) for n in ("merges.txt", "bare.txt", "bpe.txt.gz"))):
+    (tmp_path / "tokenizer.json").write_text(f'{{"model": {{"merges": {json.dumps(MERGES)}}}}}')
+    files = ["bare.txt", "bpe.txt.gz", "merges.txt", "tokenizer.json"]
+    for same in (pairs, *(CLIPTokenizer(tmp_path / name) for name in files)):
         assert same.merges == expected.merges
         assert same.encode("a duck's cat") == expected.encode("a duck's cat")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.txt", "bpe.txt.gz", "merges.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    with pytest.raises(SourceError, match="merges is not a whole list"):
+        CLIPTokenizer([(1, 2)])
 
 
 def test_clip_file_must_be_there_and_whole(tmp_path):

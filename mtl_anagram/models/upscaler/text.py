@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import InputError, SourceError
+from ...errors import InputError, SourceError, read_fields
 from ...files.hub import Source, open_source, read_json, require
 from ..attention import multi_head
 from ..configs import CLIPTextConfig
@@ -27,14 +27,17 @@ class UpscalerTokenizer:
     """
 
     def __init__(self, source: Source) -> None:
-        files = open_source(source, "tokenizer", "vocab.json")
+        files = open_source(source, "tokenizer", "vocab.json", "tokenizer.json")
         # Newer libraries save tokenizer.json alone, and name a padding beside it that is not the release's.
+        table = require(files, "vocab.json", "tokenizer.json")
         merges, path = require(files, "merges.txt", "tokenizer.json"), files.get("special_tokens_map.json")
         pad = PAD if path is None else read_json(path).get("pad_token", PAD)
         pad = pad.get("content") if isinstance(pad, Mapping) else pad
-        self.pairs = CLIPTokenizer(merges)
-        names, alone = self.pairs.ids, merges.suffix == ".json"
-        vocab = read_json(merges)["model"].get("vocab") if alone else read_json(require(files, "vocab.json"))
+        self.pairs, vocab = CLIPTokenizer(merges), read_json(table)
+        if table.name != "vocab.json":
+            model = read_fields(vocab, owner=str(table), read={"model": dict}, unused=None).get("model", {})
+            vocab = model.get("vocab")
+        names = self.pairs.ids
         if vocab != names or not isinstance(pad, str) or pad not in names:
             said = "do not belong together; download them again"
             raise SourceError(f"{merges}, its vocabulary and the padding token {pad!r} {said}")
