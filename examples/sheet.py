@@ -22,10 +22,10 @@ from mtl_anagram.evaluation.best_of import best_of
 from mtl_anagram.evaluation.partners import TABLE, Partner, partners_of
 from mtl_anagram.files.images import as_image, read_picture
 from mtl_anagram.models import load_judge
-from mtl_anagram.models.prompts import with_article
+from mtl_anagram.models.prompts import with_article, without_article
 
 SIDE, TEXT, GAP, COLUMNS = 128, 16, 10, 4  # px: of a picture, of its line of text, between anagrams
-Made = tuple[list[str], Sequence[View], list[Path]]  # prompts, views, pictures from small to large
+Made = tuple[Sequence[str], Sequence[View], list[Path]]  # names, views, pictures from small to large
 
 
 def top(table: Path, count: int, each: int) -> list[Partner]:
@@ -41,10 +41,12 @@ def top(table: Path, count: int, each: int) -> list[Partner]:
 
 def best_seeds(rows: list[Partner], cascade: Cascade, args: argparse.Namespace) -> Iterator[Made]:
     for first, second, view, *_ in rows:
-        folder, prompts = Path(args.folder, f"{first} {second} {view}"), [*map(with_article, (first, second))]
-        views, options = get_views(["identity", view]), {"model": cascade, "batch_size": args.seeds}
-        one, _ = best_of(args.seeds, args.style, prompts, views, folder, **options)
-        yield prompts, views, list(one.pictures.values())
+        names, views = (first, second), get_views(["identity", view])
+        one, _ = best_of(
+            args.seeds, args.style, [*map(with_article, names)], views,
+            Path(args.folder, f"{first} {second} {view}"), model=cascade, batch_size=args.seeds,
+        )  # fmt: skip
+        yield names, views, list(one.pictures.values())
 
 
 def requested(requests: Path, cascade: Cascade, folder: str) -> Iterator[Made]:
@@ -56,8 +58,8 @@ def requested(requests: Path, cascade: Cascade, folder: str) -> Iterator[Made]:
             print(f"{line['name']}, seed {line['seed']}: {line['error']}", file=sys.stderr)
             continue
         run = runs[line["name"]]
-        prompts = [prompt.removeprefix(run.request.style).strip() for prompt in run.prompts]
-        yield prompts, run.views, [Path(folder, path) for path in line["pictures"]]
+        names = [without_article(prompt.removeprefix(run.request.style)) for prompt in run.prompts]
+        yield names, run.views, [Path(folder, path) for path in line["pictures"]]
 
 
 def main() -> None:
@@ -85,13 +87,12 @@ def main() -> None:
     lines = -(-len(made) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * wide + GAP, lines * high + GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (prompts, views, paths) in enumerate(made):
+    for i, (names, views, paths) in enumerate(made):
         left, top_edge = GAP + i % COLUMNS * wide, GAP + i // COLUMNS * high
         pictures = [*map(read_picture, paths)]
-        for v, (view, prompt) in enumerate(zip(views, prompts, strict=True)):
+        for v, (view, name) in enumerate(zip(views, names, strict=True)):
             tile = as_image(view.view(pictures[-1])).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
             sheet.paste(tile, (left + v * SIDE, top_edge))
-            name = prompt.removeprefix("a ").removeprefix("an ")
             read = judge.names[judge(view.view(pictures[0])[None]).argmax()]
             text = "" if args.unnamed else f"{name} *" if read == name else name
             draw.text((left + v * SIDE + 4, top_edge + SIDE + 2), text, fill="black")

@@ -13,6 +13,7 @@ from ..errors import InputError, SourceError
 from ..files.atomic import write_atomically
 from ..files.hub import read_json
 from ..files.outputs import check_folder
+from ..models.prompts import without_article
 from .protocol import Protocol, choose_pairs, measure
 
 TABLE = "partners.json"
@@ -56,19 +57,15 @@ def partners_of(table: str | Path, name: str | None = None) -> list[Partner]:
     except (SourceError, KeyError, TypeError) as error:
         raise SourceError(f"{table} is no table of partners ({error!r}): make one with --measure") from error
     wanted = listed(name, sorted({name for row in rows for name in row[:2]}), str(table))
-    return [row for row in rows if wanted in (None, _bare(row.first), _bare(row.second))]
+    return [row for row in rows if wanted in (None, without_article(row.first), without_article(row.second))]
 
 
 def listed(name: str | None, names: Sequence[str], where: str) -> str | None:
     """A name without its article, in lower case; None stays. InputError for one that is not among the names."""
-    wanted = None if name is None else _bare(name)
-    if wanted not in (None, *map(_bare, names)):
+    wanted = None if name is None else without_article(name)
+    if wanted not in (None, *map(without_article, names)):
         raise InputError(f"{name!r} is not in {where}, which knows {', '.join(names)}: take one of these")
     return wanted
-
-
-def _bare(name: str) -> str:
-    return name.lower().strip().removeprefix("a ").removeprefix("an ").strip()
 
 
 def _partner(cell: dict[str, Any]) -> Partner:

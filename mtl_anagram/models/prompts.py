@@ -29,6 +29,11 @@ def with_article(name: str) -> str:
     return f"{article}{name}"
 
 
+def without_article(name: str) -> str:
+    """'a duck' and ' Duck' -> 'duck'."""
+    return name.lower().strip().removeprefix("a ").removeprefix("an ").strip()
+
+
 def other_prompts(style: str, prompts: Sequence[str], concepts: Sequence[str]) -> list[str]:
     """What else a picture might show: the style with every concept whose name is in none of the prompts."""
     return [styled(style, with_article(c)) for c in concepts if not any(c in prompt for prompt in prompts)]

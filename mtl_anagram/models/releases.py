@@ -174,9 +174,9 @@ def part_files(source: Source, part: str, variant: str | None) -> dict[str, Path
         paths = network_files(network, source, variant)
         found |= {f"{network.subfolder}/{path.name}".lstrip("/"): path for path in paths}
     if absent := [name for name, needed in SMALL_FILES[part].items() if needed and found[name] is None]:
-        if (alone := optional_file(source, *TOKENIZER_JSON.split("/"))) is None:
-            raise SourceError(f"{source} has no {absent[0]}: give a whole one, or unset HF_HUB_OFFLINE once")
-        found[TOKENIZER_JSON] = alone
+        found[TOKENIZER_JSON] = optional_file(source, *TOKENIZER_JSON.split("/"))
+    if absent and found[TOKENIZER_JSON] is None:
+        raise SourceError(f"{source} has no {absent[0]}: give a whole release, or unset HF_HUB_OFFLINE once")
     return {name: path for name, path in found.items() if path is not None}
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import InputError, SourceError, read_fields
+from ...errors import InputError, SourceError
 from ...files.hub import Source, open_source, read_json, require
 from ..attention import multi_head
 from ..configs import CLIPTextConfig
@@ -28,15 +28,13 @@ class UpscalerTokenizer:
 
     def __init__(self, source: Source) -> None:
         files = open_source(source, "tokenizer", "vocab.json", "tokenizer.json")
-        # Newer libraries save tokenizer.json alone, and name a padding beside it that is not the release's.
-        table = require(files, "vocab.json", "tokenizer.json")
-        merges, path = require(files, "merges.txt", "tokenizer.json"), files.get("special_tokens_map.json")
+        table, merges, path = map(files.get, ("vocab.json", "merges.txt", "special_tokens_map.json"))
+        if table is None or merges is None:  # newer libraries save one file; their padding is not read
+            table = merges = require(files, "tokenizer.json", remedy="; or give vocab.json and merges.txt")
         pad = PAD if path is None else read_json(path).get("pad_token", PAD)
         pad = pad.get("content") if isinstance(pad, Mapping) else pad
         self.pairs, vocab = CLIPTokenizer(merges), read_json(table)
-        if table.name != "vocab.json":
-            model = read_fields(vocab, owner=str(table), read={"model": dict}, unused=None).get("model", {})
-            vocab = model.get("vocab")
+        vocab = vocab["model"].get("vocab") if table is merges else vocab
         names = self.pairs.ids
         if vocab != names or not isinstance(pad, str) or pad not in names:
             said = "do not belong together; download them again"
